@@ -1,0 +1,24 @@
+"""Concept Atelier: a ComfyUI node pack that teaches a diffusion model from a handful of pictures.
+
+Inside ComfyUI this folder is a custom node, found through `comfy_entrypoint`; outside, it is the package
+`concept_atelier`, which needs no ComfyUI. Nothing is imported before one of the two is known.
+"""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls once when it loads the pack: returns the extension that lists the nodes."""
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes import apply, attention, data, files, tokens, toy, train
+    from .nodes.native import live
+
+    class ConceptAtelier(ComfyExtension):
+        async def on_load(self):
+            live.register_routes()
+
+        async def get_node_list(self):
+            return [node for module in (data, tokens, train, files, apply, attention, toy) for node in module.NODES]
+
+    return ConceptAtelier()

@@ -1,0 +1,116 @@
+"""A learned concept: its vectors, where they go, what they were learned on. Safetensors in and out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backbone import Layer
+from .files import read_safetensors, write_safetensors
+from .layouts import Layout
+
+FORMAT_VERSION = 1
+# The names under which ComfyUI and A1111 look for the vectors of a stock embedding, one a text tower.
+STOCK_KEYS = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
+
+REQUIRED_HEADER = {"format_version", "name", "layout", "family", "layers"}
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What was learned.
+
+    name: its placeholder in prompts, <name>. vectors: {tower: (S, n, width)}, S slots of n word embeddings, at the
+    input of the text encoder. layout: which slot each reader gets. family: "sd1", "sd2", "sdxl" or "toy".
+    layers: the cross-attention layers of the model it was learned on, in execution order. metadata: strings (method,
+    init_word, steps, seed, ...).
+    """
+
+    name: str
+    vectors: Mapping[str, Tensor]
+    layout: Layout
+    family: str
+    layers: tuple[Layer, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def check_fits(self, family: str, towers: Mapping[str, int], layers: Sequence[Layer] | None = None) -> None:
+        """Raise ValueError with a sentence when this concept cannot be used with a model of that kind.
+
+        layers: None where no U-Net is at hand (a CLIP alone).
+        """
+        widths = {tower: v.shape[-1] for tower, v in self.vectors.items()}
+        if self.family != family or widths != dict(towers):
+            raise ValueError(
+                f"Concept <{self.name}> was learned on {self.family} (text widths {widths}) and cannot be used with "
+                f"this {family} model (text widths {dict(towers)}): load the kind of checkpoint it was learned on."
+            )
+        if layers is not None and tuple(layers) != self.layers:
+            raise ValueError(
+                f"Concept <{self.name}> was learned on a U-Net with {len(self.layers)} cross-attention layers; this "
+                f"one has {len(layers)}, or has them elsewhere: load the kind of checkpoint it was learned on."
+            )
+
+    @property
+    def is_stock_embedding(self) -> bool:
+        """Whether every reader gets the same vectors, so that any prompt node can use the file as embedding:name."""
+        return all(v.shape[0] == 1 for v in self.vectors.values())
+
+
+def save_concept(path: Path, concept: Concept, extra_metadata: Mapping[str, str] | None = None) -> None:
+    """Write `concept` to a safetensors file, at once or not at all.
+
+    extra_metadata: strings that travel in the header, such as ComfyUI's "prompt" and "workflow" JSON.
+    Raises ValueError naming the folder when it cannot be written (full, read-only).
+    """
+    tensors = {f"vectors.{tower}": v.detach().float().cpu().contiguous() for tower, v in concept.vectors.items()}
+    if concept.is_stock_embedding:
+        tensors |= {STOCK_KEYS[tower]: v.detach().float().cpu()[0].clone() for tower, v in concept.vectors.items()}
+    header = {
+        **concept.metadata,
+        **(extra_metadata or {}),
+        "format_version": str(FORMAT_VERSION),
+        "name": concept.name,
+        "layout": json.dumps(concept.layout.to_dict()),
+        "family": concept.family,
+        "layers": json.dumps(concept.layers),
+    }
+    write_safetensors(path, tensors, header)
+
+
+def load_concept(path: Path) -> Concept:
+    """Read a concept saved by `save_concept`.
+
+    Raises ValueError naming the file when it is damaged, no concept of ours, or of a newer format.
+    """
+    tensors, header = read_safetensors(path)
+    missing = REQUIRED_HEADER - header.keys()
+    vectors = {key.removeprefix("vectors."): v for key, v in tensors.items() if key.startswith("vectors.")}
+    if missing or not vectors:
+        lacking = ", ".join(sorted(missing)) or "vectors"
+        raise ValueError(
+            f"The file {path} holds no concept of Concept Atelier (it lacks {lacking}): "
+            "a stock embedding is used as embedding:name in the prompt instead."
+        )
+    if int(header["format_version"]) > FORMAT_VERSION:
+        raise ValueError(f"The file {path} was written by a newer Concept Atelier: update the pack to load it.")
+    return Concept(
+        name=header["name"],
+        vectors=vectors,
+        layout=Layout(**json.loads(header["layout"])),
+        family=header["family"],
+        layers=tuple(Layer(*layer) for layer in json.loads(header["layers"])),
+        metadata={key: value for key, value in header.items() if key not in REQUIRED_HEADER},
+    )
+
+
+def new_vectors(words: Mapping[str, Tensor], slots: int, tokens: int) -> dict[str, Tensor]:
+    """Initial vectors: the same word embedding in every slot.
+
+    words: {tower: (1, width)}, the embedding of a one-piece word. Returns {tower: (slots, tokens, width)}.
+    """
+    return {tower: w.detach().expand(slots, tokens, -1).clone().to(torch.float32) for tower, w in words.items()}

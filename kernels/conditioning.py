@@ -1,0 +1,89 @@
+"""From a prompt with concepts to the contexts every reader gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backbone import Layer, TextContext, TextEncoding
+from .layouts import BoundLayout
+from .prompts import Prompt
+
+EncodeText = Callable[[Prompt, Mapping[str, Mapping[str, Tensor]]], TextEncoding]
+
+
+@dataclass(frozen=True)
+class StagedContext:
+    """Contexts over the timestep range: contexts[i] holds for t >= starts[i], up to the next start.
+
+    positions: token positions of each placeholder.
+    """
+
+    starts: tuple[int, ...]
+    contexts: tuple[TextContext, ...]
+    positions: Mapping[str, tuple[int, ...]]
+
+    def at(self, t: int) -> TextContext:
+        """The context of timestep t."""
+        return self.contexts[max(i for i, start in enumerate(self.starts) if start <= t)]
+
+    def repeat(self, times: int) -> StagedContext:
+        """The same contexts for `times` copies of the batch."""
+        return StagedContext(self.starts, tuple(c.repeat(times) for c in self.contexts), self.positions)
+
+
+def encode_prompt(
+    encode_text: EncodeText,
+    layers: Sequence[Layer],
+    prompt: Prompt,
+    vectors: Mapping[str, Mapping[str, Tensor]],
+    layouts: Mapping[str, BoundLayout],
+    timesteps: int,
+) -> StagedContext:
+    """Encode `prompt` once for every distinct combination of its concepts' slots, all in one batch.
+
+    encode_text: `Backbone.encode_text`. vectors: {placeholder: {tower: (S, n, width)}}; layouts: of each placeholder.
+    timesteps: T of the schedule. Differentiable in the vectors. With one-token concepts alone this is one encoding
+    that all layers share.
+    """
+    names = prompt.names
+    starts = sorted(
+        {-(-stage * timesteps // layouts[n].layout.stages) for n in names for stage in range(layouts[n].layout.stages)}
+    )
+    starts = starts or [0]
+
+    combinations: dict[tuple[int, ...], int] = {}
+
+    def row(slots: tuple[int, ...]) -> int:
+        return combinations.setdefault(slots, len(combinations))
+
+    tables = []
+    for start in starts:
+        bound = [layouts[n].table(layouts[n].stage(start, timesteps)) for n in names]
+        tables.append(
+            tuple(
+                tuple(row(tuple(table[side][layer] for table in bound)) for layer in range(len(layers)))
+                for side in (0, 1)
+            )
+        )
+
+    chosen = list(combinations)  # slots of every concept, one tuple a variant
+    variants = {
+        name: {tower: v[[slots[i] for slots in chosen]] for tower, v in vectors[name].items()}
+        for i, name in enumerate(names)
+    }
+    encoding = encode_text(prompt, variants)
+    # A pooled embedding cannot differ from layer to layer: the mean over the variants stands for all (METHODS 1.8).
+    pooled = None if encoding.pooled is None else encoding.pooled.mean(dim=0, keepdim=True)
+    contexts = tuple(_select(encoding.hidden, key, value, pooled) for key, value in tables)
+    return StagedContext(tuple(starts), contexts, encoding.positions)
+
+
+def _select(hidden: Tensor, key: tuple[int, ...], value: tuple[int, ...], pooled: Tensor | None) -> TextContext:
+    """The context of one stage out of all variants (N, T, d): only the rows that the stage reads."""
+    used = {row: i for i, row in enumerate(dict.fromkeys((*key, *value)))}
+    rows = hidden[torch.tensor(list(used), device=hidden.device)][:, None]
+    return TextContext(rows, tuple(used[k] for k in key), tuple(used[v] for v in value), pooled)

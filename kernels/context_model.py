@@ -1,0 +1,123 @@
+"""ADI's pictures of the same context with other actions, x^(abar,c), made from one exemplar (arXiv 2311.15841, 4.2).
+
+The paper fine-tunes a whole diffusion model on each single exemplar (DreamBooth, no prior pictures), then fills the
+exemplar's own caption with descriptions of other actions and samples. Here the fine-tuning is low-rank (METHODS 1.3:
+whole models cost twice as much as ADI itself, and the pictures need not be perfect).
+
+The paper does not say which text goes with the exemplar while fine-tuning. Here it is the exemplar's caption with the
+blank taken out: it names the person and the place, which are to be kept, and no action, so that no word for an action
+is bound to the pose of the exemplar and every such word still means what the base model knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backbone import Backbone, TextContext
+from .conditioning import StagedContext
+from .exemplars import Exemplar
+from .lora import LowRank
+from .prompts import BLANK, Prompt
+from .sampling import ddim_sample, seeded_noise
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How a one-exemplar model is learned and sampled.
+
+    steps, rank, learning_rate: of the low-rank fine-tuning (AdamW, batch of one). sampling_steps, cfg: of DDIM.
+    seed: of everything random.
+    """
+
+    steps: int = 300
+    rank: int = 4
+    learning_rate: float = 1e-4
+    sampling_steps: int = 25
+    cfg: float = 7.5
+    seed: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps reported for one exemplar."""
+        return self.steps + self.sampling_steps
+
+
+def fill_with_action(caption: str, action: str) -> str:
+    """The caption with words for an action in its blank; with no words, the blank is taken out."""
+    return re.sub(r"\s+", " ", caption.replace(BLANK, action)).strip()
+
+
+def choose_actions(actions: Sequence[str], exemplars: int, pictures: int) -> list[tuple[str, ...]]:
+    """The actions of each exemplar's pictures, in turn, so that all actions are used equally often."""
+    return [tuple(actions[(e * pictures + p) % len(actions)] for p in range(pictures)) for e in range(exemplars)]
+
+
+def learn_context(
+    backbone: Backbone,
+    exemplar: Exemplar,
+    settings: ContextSettings,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> LowRank:
+    """Fit a LowRank to one exemplar: || eps - eps_theta(x_t, t, caption without blank) ||^2.
+
+    on_step: called with the number of finished steps, may raise to cancel. Gradients must be possible.
+    """
+    x_0 = backbone.encode_image(exemplar.image[None])
+    context = _plain_context(backbone, [fill_with_action(exemplar.caption, "")])
+    low_rank = LowRank(backbone.linears(), settings.rank, settings.seed, backbone.device)
+    optimizer = torch.optim.AdamW(low_rank.parameters(), lr=settings.learning_rate)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with low_rank.applied():
+        for step in range(settings.steps):
+            t = torch.randint(len(backbone.schedule), (1,), generator=generator).to(backbone.device)
+            eps = torch.randn(x_0.shape, generator=generator).to(backbone.device)
+            x_t = backbone.schedule.add_noise(x_0, t, eps)
+            loss = F.mse_loss(backbone.predict_noise(x_t, t, context), eps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            on_step(step + 1)
+    return low_rank
+
+
+def paint_other_actions(
+    backbone: Backbone,
+    exemplar: Exemplar,
+    actions: Sequence[str],
+    settings: ContextSettings,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> tuple[Tensor, ...]:
+    """Pictures (H, W, 3) of the exemplar's context, one for each of `actions`: learn the context, then sample.
+
+    on_step: called with the number of finished steps out of settings.total_steps, may raise to cancel; the model is
+    left as it was then, too.
+    """
+    low_rank = learn_context(backbone, exemplar, settings, on_step)
+    height, width = exemplar.image.shape[:2]
+    noise = seeded_noise(backbone, [settings.seed + i for i in range(len(actions))], height, width)
+    context = _plain_context(backbone, [fill_with_action(exemplar.caption, action) for action in actions])
+    nothing = _plain_context(backbone, [""] * len(actions))
+    with low_rank.applied():
+        latents = ddim_sample(
+            backbone,
+            StagedContext((0,), (context,), {}),
+            nothing,
+            noise,
+            settings.sampling_steps,
+            settings.cfg,
+            lambda step: on_step(settings.steps + step),
+        )
+    return tuple(backbone.decode_latent(latents).cpu())
+
+
+@torch.no_grad()
+def _plain_context(backbone: Backbone, texts: Sequence[str]) -> TextContext:
+    """Stock contexts of plain texts, as one batch."""
+    encodings = [backbone.encode_text(Prompt((text,) if text else ()), {}) for text in texts]
+    return TextContext.cat([TextContext.plain(e.hidden, backbone.layers, e.pooled) for e in encodings])

@@ -1,0 +1,380 @@
+"""The Backbone on diffusers and transformers models: SD1.x, SD2.x, SDXL and the toy model, outside ComfyUI."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbone import AttentionMaps, Layer, TextContext, TextEncoding
+from .prompts import Placeholder, Prompt
+from .schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from diffusers import (
+        AutoencoderKL,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        Transformer2DModel,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from ..toyworld.model import ToyModel
+
+
+class Tower(NamedTuple):
+    """One text encoder: its name in a concept file ("l", "h", "g"), its tokenizer, its model."""
+
+    name: str
+    tokenizer: CLIPTokenizer
+    encoder: CLIPTextModel | CLIPTextModelWithProjection
+
+
+class Autoencoder(Protocol):
+    """Pictures (B, 3, H, W) in -1..1 <-> scaled latents (B, C, h, w)."""
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class KLAutoencoder:
+    """Stable Diffusion's VAE as an Autoencoder: the mode of its posterior, times its scaling factor."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        # SDXL's VAE overflows in half precision; its configuration says so.
+        in_half = vae.dtype == torch.float16 and vae.config.force_upcast
+        self.vae = (copy.deepcopy(vae).float() if in_half else vae).eval().requires_grad_(False)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one open `attention` context wants to see, and where it goes."""
+
+    maps: AttentionMaps
+    tokens: tuple[int, ...]
+
+
+class LayerAttention:
+    """diffusers attention processor of one cross-attention layer; it knows its layer from construction on.
+
+    `encoder_hidden_states` is a TextContext, of which it takes its own two rows, or a plain tensor, as in a stock call.
+    The arithmetic is that of diffusers' AttnProcessor2_0, so equal contexts give equal bits.
+    """
+
+    def __init__(self, layer: Layer, index: int, recordings: list[Recording]) -> None:
+        self.layer = layer
+        self.index = index
+        self.recordings = recordings
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: TextContext | Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(encoder_hidden_states, TextContext):
+            key_source, value_source = encoder_hidden_states.sources(self.index)
+        else:
+            key_source = value_source = encoder_hidden_states
+
+        batch = hidden_states.shape[0]
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(batch, -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
+
+        q = heads(attn.to_q(hidden_states))
+        k = heads(attn.to_k(key_source))
+        v = heads(attn.to_v(value_source))
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[2], batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        for recording in self.recordings:
+            if self.layer in recording.maps.maps:
+                scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+                recording.maps.maps[self.layer].append(scores.softmax(dim=-1)[..., recording.tokens])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        out = out.transpose(1, 2).reshape(batch, -1, attn.heads * v.shape[-1])
+        for module in attn.to_out:
+            out = module(out)
+        return out
+
+
+class DiffusersBackbone:
+    """See kernels.backbone.Backbone. All weights are frozen; the U-Net keeps our attention processors until `close`."""
+
+    def __init__(
+        self,
+        family: str,
+        unet: UNet2DConditionModel,
+        towers: Sequence[Tower],
+        autoencoder: Autoencoder,
+        latent_scale: int,
+        alphas_cumprod: Tensor,
+        prediction_type: str = "epsilon",
+    ) -> None:
+        """family: "sd1", "sd2", "sdxl" or "toy". towers: one, or SDXL's two ("l", then "g").
+
+        latent_scale: H / h of the autoencoder. alphas_cumprod: (T,), abar_t. prediction_type: "epsilon" or
+        "v_prediction".
+        Raises ValueError for a U-Net that wants more than latents (inpainting), and for another prediction type.
+        """
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f'The model predicts "{prediction_type}"; only epsilon and v_prediction are supported.')
+        if unet.config.in_channels != unet.config.out_channels:
+            raise ValueError(
+                f"The U-Net takes {unet.config.in_channels} channels, but latents have {unet.config.out_channels} "
+                "(an inpainting model?): use the base model it was made from."
+            )
+        self.family = family
+        self.unet = unet.eval().requires_grad_(False)
+        self.text_towers = tuple(towers)
+        for tower in self.text_towers:
+            tower.encoder.eval().requires_grad_(False)
+        self.autoencoder = autoencoder
+        self.prediction_type = prediction_type
+        self.schedule = NoiseSchedule(alphas_cumprod)
+        self.towers = {tower.name: tower.encoder.config.hidden_size for tower in self.text_towers}
+        self.context_width = sum(self.towers.values())
+        self.latent_channels = unet.config.out_channels
+        self.latent_scale = latent_scale
+        blocks = list(transformer_blocks(unet))
+        self.layers = tuple(layer for layer, _ in blocks)
+        self._recordings: list[Recording] = []
+        self._stock_processors = [(block.attn2, block.attn2.processor) for _, block in blocks]
+        for index, (layer, block) in enumerate(blocks):
+            block.attn2.processor = LayerAttention(layer, index, self._recordings)
+
+    @classmethod
+    def from_pipeline(cls, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> DiffusersBackbone:
+        """The parts of an SD1.x, SD2.x or SDXL pipeline, shared with it.
+
+        Raises ValueError for the SDXL refiner, which has no first text encoder.
+        """
+        if pipeline.text_encoder is None:
+            raise ValueError("The pipeline has no first text encoder (an SDXL refiner?): use the base pipeline.")
+        if hasattr(pipeline, "text_encoder_2"):
+            family = "sdxl"
+            towers = [
+                Tower("l", pipeline.tokenizer, pipeline.text_encoder),
+                Tower("g", pipeline.tokenizer_2, pipeline.text_encoder_2),
+            ]
+        else:
+            # OpenAI's CLIP (SD1.x) approximates the GELU, OpenCLIP (SD2.x) does not.
+            is_openai = pipeline.text_encoder.config.hidden_act == "quick_gelu"
+            family = "sd1" if is_openai else "sd2"
+            towers = [Tower("l" if is_openai else "h", pipeline.tokenizer, pipeline.text_encoder)]
+        return cls(
+            family,
+            pipeline.unet,
+            towers,
+            KLAutoencoder(pipeline.vae),
+            2 ** (len(pipeline.vae.config.block_out_channels) - 1),
+            pipeline.scheduler.alphas_cumprod,
+            pipeline.scheduler.config.prediction_type,
+        )
+
+    @classmethod
+    def from_toy(cls, toy: ToyModel) -> DiffusersBackbone:
+        """The parts of the bundled toy model (toyworld.model.load_toy)."""
+        from ..toyworld.autoencoder import PATCH
+
+        tower = Tower("l", toy.tokenizer, toy.text_encoder)
+        schedule = NoiseSchedule.scaled_linear()
+        return cls("toy", toy.unet, [tower], toy.autoencoder, PATCH, schedule.alphas_cumprod)
+
+    def close(self) -> None:
+        """Give the U-Net its own attention processors back."""
+        for attention, processor in self._stock_processors:
+            attention.processor = processor
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def gradient_scale(self) -> float:
+        return 1024.0 if self.unet.dtype == torch.float16 else 1.0
+
+    def token_vectors(self, text: str) -> dict[str, Tensor]:
+        vectors = {}
+        for tower in self.text_towers:
+            weight = tower.encoder.get_input_embeddings().weight
+            ids = torch.tensor(pieces(tower.tokenizer, text), dtype=torch.long, device=weight.device)
+            vectors[tower.name] = weight.detach()[ids].float()
+        return vectors
+
+    def encode_text(self, prompt: Prompt, vectors: Mapping[str, Mapping[str, Tensor]]) -> TextEncoding:
+        """See Backbone. Raises ValueError for a prompt longer than the text encoder's context.
+
+        SD1.x and SD2.x read the last hidden state after its norm, as their pipelines do (SD2.x text encoders are
+        published without their last layer); SDXL the last but one of both towers.
+        """
+        hidden, pooled, positions = [], None, {}
+        names = prompt.names
+        for tower in self.text_towers:
+            rows = {name: vectors[name][tower.name] for name in names}
+            ids, positions = tokenise(tower, prompt, {name: rows[name].shape[1] for name in names})
+            variants = next(iter(rows.values())).shape[0] if rows else 1
+            with learned_rows(tower.encoder.get_input_embeddings(), rows, positions):
+                output = tower.encoder(
+                    torch.tensor([ids] * variants, device=tower.encoder.device), output_hidden_states=True
+                )
+            if self.family == "sdxl":
+                hidden.append(output.hidden_states[-2].float())
+                if tower.name == "g":
+                    pooled = output.text_embeds.float()
+            else:
+                hidden.append(output.last_hidden_state.float())
+        return TextEncoding(torch.cat(hidden, dim=-1), pooled, positions)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.device, torch.float32).movedim(-1, 1) * 2 - 1
+        return self.autoencoder.encode(pixels).float()
+
+    @torch.no_grad()
+    def decode_latent(self, latents: Tensor) -> Tensor:
+        pixels = self.autoencoder.decode(latents.to(self.device, torch.float32)).float()
+        return (pixels / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, context: TextContext) -> Tensor:
+        """See Backbone. Raises ValueError when the context is of another batch, or lacks the pooled text of SDXL."""
+        batch, _, h, w = x_t.shape
+        if context.rows.shape[1] != batch:
+            raise ValueError(f"The context is of {context.rows.shape[1]} prompts, the latents are {batch} pictures.")
+        dtype = self.unet.dtype
+        conditions = None
+        if self.unet.config.addition_embed_type == "text_time":
+            if context.pooled is None:
+                raise ValueError("SDXL needs the pooled text embedding beside the context.")
+            height, width = h * self.latent_scale, w * self.latent_scale
+            # Original size, top left corner of the crop, target size: an uncropped picture of its own size.
+            time_ids = torch.tensor([[height, width, 0, 0, height, width]] * batch, device=x_t.device)
+            conditions = {"text_embeds": context.pooled.to(dtype), "time_ids": time_ids}
+        # The U-Net hands this argument to our processors untouched: no state to set, none to forget.
+        hidden = replace(context, rows=context.rows.to(dtype))
+        (out,) = self.unet(x_t.to(dtype), t, hidden, added_cond_kwargs=conditions, return_dict=False)
+        if self.prediction_type == "v_prediction":
+            return self.schedule.eps_from_v(x_t, t, out.float())
+        return out.float()
+
+    @contextmanager
+    def attention(self, layers: Sequence[Layer], tokens: Sequence[int]) -> Iterator[AttentionMaps]:
+        """See Backbone. Raises ValueError for a layer the model does not have."""
+        for layer in layers:
+            if layer not in self.layers:
+                raise ValueError(f"This model has no cross-attention layer {layer}.")
+        recording = Recording(AttentionMaps({layer: [] for layer in layers}), tuple(tokens))
+        self._recordings.append(recording)
+        try:
+            yield recording.maps
+        finally:
+            self._recordings.remove(recording)
+
+    def linears(self) -> Mapping[str, nn.Linear]:
+        """See Backbone. Names are LDM's: "input_blocks.1.1.transformer_blocks.0.attn1.to_q", and so on."""
+        return {
+            f"{ldm_name(layer)}.{attention}.{projection}": getattr(block, attention).get_submodule(projection)
+            for layer, block in transformer_blocks(self.unet)
+            for attention in ("attn1", "attn2")
+            for projection in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+
+
+def transformer_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[Layer, nn.Module]]:
+    """The transformer blocks of a diffusers U-Net in execution order, under their LDM numbers."""
+
+    def inside(block: str, number: int, transformer: Transformer2DModel) -> Iterator[tuple[Layer, nn.Module]]:
+        for depth, module in enumerate(transformer.transformer_blocks):
+            yield Layer(block, number, depth), module
+
+    # LDM counts the first convolution, every residual block and every downsampler as an input block of its own,
+    # and an upsampler with the output block before it.
+    number = 1
+    for level in unet.down_blocks:
+        for index in range(len(level.resnets)):
+            if getattr(level, "has_cross_attention", False):
+                yield from inside("input", number, level.attentions[index])
+            number += 1
+        number += level.downsamplers is not None
+    if getattr(unet.mid_block, "has_cross_attention", False):
+        yield from inside("middle", 0, unet.mid_block.attentions[0])
+    number = 0
+    for level in unet.up_blocks:
+        for index in range(len(level.resnets)):
+            if getattr(level, "has_cross_attention", False):
+                yield from inside("output", number, level.attentions[index])
+            number += 1
+
+
+def ldm_name(layer: Layer) -> str:
+    """The module path of a transformer block in an LDM checkpoint."""
+    block = "middle_block" if layer.block == "middle" else f"{layer.block}_blocks.{layer.number}"
+    return f"{block}.1.transformer_blocks.{layer.depth}"
+
+
+def pieces(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    """Token ids of a text without BOS and EOS."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def tokenise(tower: Tower, prompt: Prompt, lengths: Mapping[str, int]) -> tuple[list[int], dict[str, tuple[int, ...]]]:
+    """Padded token ids (T) of a prompt, and the positions of each placeholder's vectors.
+
+    lengths: vectors a placeholder. Raises ValueError when the prompt is longer than the tower's context.
+    """
+    tokenizer = tower.tokenizer
+    ids = [tokenizer.bos_token_id]
+    positions: dict[str, tuple[int, ...]] = dict.fromkeys(prompt.names, ())
+    for part in prompt.parts:
+        if isinstance(part, Placeholder):
+            length = lengths[part.name]
+            positions[part.name] += tuple(range(len(ids), len(ids) + length))
+            # An id that exists and is not EOS: the pooled output is read at the largest id, or at the first EOS.
+            ids += [tokenizer.bos_token_id] * length
+        else:
+            ids += pieces(tokenizer, part)
+    ids.append(tokenizer.eos_token_id)
+    room = tower.encoder.config.max_position_embeddings
+    if len(ids) > room:
+        raise ValueError(
+            f'The prompt "{prompt.text}" has {len(ids) - 2} tokens, the text encoder reads {room - 2}: shorten it.'
+        )
+    return ids + [tokenizer.pad_token_id] * (room - len(ids)), positions
+
+
+@contextmanager
+def learned_rows(
+    embedding: nn.Module, rows: Mapping[str, Tensor], positions: Mapping[str, Sequence[int]]
+) -> Iterator[None]:
+    """While open, `embedding` gives each placeholder's rows (N, n, width) at its positions, at every occurrence.
+
+    A hook works with every version of transformers; CLIPTextModel takes no `inputs_embeds` in some.
+    """
+
+    def put(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        for name, vectors in rows.items():
+            index = torch.tensor(positions[name], device=output.device)
+            output = output.index_copy(1, index, vectors.to(output).repeat(1, len(index) // vectors.shape[1], 1))
+        return output
+
+    handle = embedding.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()

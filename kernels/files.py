@@ -1,0 +1,38 @@
+"""Safetensors files, written whole or not at all, read without trust."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write through a temporary file, so that a full disk never leaves half a file under the real name.
+
+    Raises ValueError naming the folder when it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), str(partial), metadata=dict(metadata))
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"Cannot write {path.name} into the folder {path.parent} ({error}): free some space there or make the "
+            "folder writable, then queue again; nothing that was there is lost."
+        ) from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises ValueError naming the file when it is damaged or missing."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"The file {path} is damaged or no safetensors file ({error}): save it again.") from error

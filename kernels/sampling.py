@@ -1,0 +1,76 @@
+"""Deterministic sampling over a Backbone: live samples while training, pictures for scripts.
+
+Inside ComfyUI pictures come from ComfyUI's own samplers; this is for what happens inside one node or without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .backbone import Backbone, TextContext
+from .conditioning import StagedContext, encode_prompt
+from .layouts import BoundLayout
+from .prompts import Prompt
+
+
+def ddim_sample(
+    backbone: Backbone,
+    context: StagedContext,
+    unconditional: TextContext,
+    noise: Tensor,
+    steps: int,
+    cfg: float,
+    callback: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """DDIM (Song et al. 2021, eta 0) with classifier-free guidance eps_0 + cfg (eps - eps_0) (Ho & Salimans 2022).
+
+    context: of a batch B. unconditional: a plain context of batch B. noise: (B, C, h, w). callback: called with the
+    number of finished steps, may raise to cancel. Returns clean latents (B, C, h, w).
+    """
+    timesteps = backbone.schedule.sampling_timesteps(steps)
+    x_t = noise
+    with torch.no_grad():
+        for i, t in enumerate(timesteps):
+            t_batch = torch.full((x_t.shape[0],), t, device=x_t.device)
+            eps = backbone.predict_noise(x_t, t_batch, context.at(t))
+            if cfg != 1:
+                eps_0 = backbone.predict_noise(x_t, t_batch, unconditional)
+                eps = eps_0 + cfg * (eps - eps_0)
+            x_t = backbone.schedule.ddim_step(x_t, eps, t, timesteps[i + 1] if i + 1 < steps else -1)
+            callback(i + 1)
+    return x_t
+
+
+def seeded_noise(backbone: Backbone, seeds: Sequence[int], height: int, width: int) -> Tensor:
+    """Gaussian noise (len(seeds), C, h, w) for pictures of height x width pixels, drawn on the CPU, one seed each."""
+    shape = (backbone.latent_channels, height // backbone.latent_scale, width // backbone.latent_scale)
+    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).to(backbone.device)
+
+
+def paint(
+    backbone: Backbone,
+    prompt: Prompt,
+    vectors: Mapping[str, Mapping[str, Tensor]],
+    layouts: Mapping[str, BoundLayout],
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    steps: int,
+    cfg: float,
+    callback: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """One prompt with its concepts, painted once for each seed: (len(seeds), H, W, 3) in 0..1.
+
+    vectors, layouts: as for `encode_prompt`. size: (H, W) in pixels. steps, cfg, callback: as for `ddim_sample`.
+    """
+    with torch.no_grad():
+        context = encode_prompt(
+            backbone.encode_text, backbone.layers, prompt, vectors, layouts, len(backbone.schedule)
+        ).repeat(len(seeds))
+        empty = backbone.encode_text(Prompt(()), {})
+        unconditional = TextContext.plain(empty.hidden, backbone.layers, empty.pooled).repeat(len(seeds))
+        noise = seeded_noise(backbone, seeds, *size)
+        return backbone.decode_latent(ddim_sample(backbone, context, unconditional, noise, steps, cfg, callback))

@@ -1,0 +1,66 @@
+"""The variance-preserving noise schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, Eq. 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class NoiseSchedule:
+    """abar_t, the cumulative product of the alphas, for t = 0 .. T-1 (float64 inside, float32 outside)."""
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
+
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
+        """Stable Diffusion's schedule: sqrt(beta) is linear in t."""
+        beta = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+        return cls(torch.cumprod(1 - beta, dim=0))
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def abar(self, t: Tensor) -> Tensor:
+        """abar at integer timesteps t (B,), shaped (B, 1, 1, 1) on the device of t."""
+        return self.alphas_cumprod[t.cpu()].to(t.device, torch.float32).view(-1, 1, 1, 1)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level of k-diffusion, sqrt((1 - abar) / abar), at timesteps t (B,); shaped (B,)."""
+        abar = self.alphas_cumprod[t.cpu()]
+        return ((1 - abar) / abar).sqrt().to(t.device, torch.float32)
+
+    def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t of clean latents x_0 (B, C, h, w) at timesteps t (B,) with noise eps."""
+        abar = self.abar(t)
+        return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
+
+    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The clean latents that x_t and a noise prediction eps imply."""
+        abar = self.abar(t)
+        return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+
+    def eps_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """eps of a velocity prediction v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho 2022)."""
+        abar = self.abar(t)
+        return abar.sqrt() * v + (1 - abar).sqrt() * x_t
+
+    def ddim_step(self, x_t: Tensor, eps: Tensor, t: int, t_next: int) -> Tensor:
+        """Deterministic DDIM step from timestep t to t_next (Song et al. 2021, Eq. 12 with eta 0).
+
+        t_next > t is the inverse step. t_next = -1 stands for the clean picture, abar = 1.
+        """
+        abar = self.alphas_cumprod[t]
+        abar_next = self.alphas_cumprod[t_next] if t_next >= 0 else torch.ones((), dtype=torch.float64)
+        scale = float((abar_next / abar).sqrt())
+        shift = float((1 - abar_next).sqrt() - (abar_next * (1 - abar) / abar).sqrt())
+        return scale * x_t + shift * eps
+
+    def sampling_timesteps(self, steps: int) -> list[int]:
+        """`steps` timesteps from noisy to clean, evenly spaced, the first one T-1.
+
+        Raises ValueError when steps is not within 1..T.
+        """
+        if not 1 <= steps <= len(self):
+            raise ValueError(f"steps must be within 1..{len(self)}, got {steps}.")
+        return [round((len(self) - 1) * (1 - i / steps)) for i in range(steps)]

@@ -1,0 +1,198 @@
+"""The one training loop of all token methods.
+
+A method is what is plugged in: a layout (where vectors go), loss terms (what they must explain), a gradient rule
+(which part of the gradient they may follow). ADI is per-block layout + denoising loss + gradient mask on triples;
+plain Textual Inversion is one token + denoising loss + no rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backbone import Backbone, TextContext
+from .conditioning import encode_prompt
+from .exemplars import EncodedExemplars
+from .gradient_rules import GradientRule
+from .layouts import BoundLayout
+from .losses import Prediction, denoising_loss
+from .prompts import Prompt
+from .run_state import RunState
+
+LossTerm = Callable[[Prediction], Tensor]
+TIMESTEP_SAMPLINGS = ("uniform", "early (ReVersion)")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Numbers of a run. Everything but `steps` decides what is learned; raising `steps` continues a run.
+
+    learning_rate, weight_decay: of AdamW. batch_size: anchors a step. timestep_sampling: "uniform" over 0..T-1, or
+    "early (ReVersion)", which prefers noisy timesteps. use_masks: mean the loss over the exemplars' masks.
+    """
+
+    steps: int = 3000
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.01
+    batch_size: int = 1
+    seed: int = 0
+    timestep_sampling: str = "uniform"
+    use_masks: bool = True
+
+
+def draw_timesteps(sampling: str, shape: tuple[int, ...], timesteps: int, generator: torch.Generator) -> Tensor:
+    """Integer timesteps of `shape`, on the CPU.
+
+    "early (ReVersion)": density proportional to 1 - a cos(pi t / T), a = 0.5 (Huang et al. 2023, Eq. 5), which
+    prefers the noisy timesteps where layout, pose and relations are decided.
+    """
+    if sampling == "uniform":
+        return torch.randint(0, timesteps, shape, generator=generator)
+    density = 1 - 0.5 * torch.cos(math.pi * torch.arange(timesteps) / timesteps)
+    return torch.multinomial(density, math.prod(shape), replacement=True, generator=generator).view(shape)
+
+
+def concept_gradients(
+    backbone: Backbone,
+    name: str,
+    prompts: Sequence[Prompt],
+    vectors: Mapping[str, Tensor],
+    layout: BoundLayout,
+    latents: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    masks: Tensor | None = None,
+    loss_terms: Sequence[LossTerm] = (denoising_loss,),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradient of each picture's loss with respect to the vectors, from one forward and one backward pass.
+
+    R roles share each of B anchors' prompts (R = 3 for ADI's triple). latents, eps: (R, B, C, h, w). t: (R, B).
+    masks: (R, B, 1, h, w). vectors: {tower: (S, n, width)}. Returns losses (R, B) and {tower: (R, B, S, n, width)}.
+
+    Each prompt is encoded once, however many roles share it (METHODS 1.9): the contexts enter the U-Net as leaf
+    tensors, and each role's context gradient goes back through the text encoder's graph by itself.
+    """
+    roles, anchors = t.shape
+    leaves = [{tower: v.detach().clone().requires_grad_() for tower, v in vectors.items()} for _ in prompts]
+    staged = [
+        encode_prompt(
+            backbone.encode_text, backbone.layers, prompt, {name: leaf}, {name: layout}, len(backbone.schedule)
+        )
+        for prompt, leaf in zip(prompts, leaves, strict=True)
+    ]
+    encoded = [[staged[b].at(int(t[r, b])) for b in range(anchors)] for r in range(roles)]
+    with_graph = TextContext.cat([context for role in encoded for context in role])  # rows (G, R * B, T, d)
+    context_leaf = with_graph.rows.detach().requires_grad_()
+    pooled = None if with_graph.pooled is None else with_graph.pooled.detach()
+    context = TextContext(context_leaf, with_graph.key, with_graph.value, pooled)
+
+    x_0, noise, t_flat = latents.flatten(0, 1), eps.flatten(0, 1), t.flatten().to(latents.device)
+    eps_hat = backbone.predict_noise(backbone.schedule.add_noise(x_0, t_flat, noise), t_flat, context)
+    prediction = Prediction(noise, eps_hat, t_flat, None if masks is None else masks.flatten(0, 1))
+    losses = torch.stack([term(prediction) for term in loss_terms]).sum(dim=0)  # (R * B,)
+    (losses.sum() * backbone.gradient_scale).backward()
+
+    towers = list(vectors)
+    inputs = [leaf[tower] for leaf in leaves for tower in towers]
+    gradients: dict[str, list[Tensor]] = {tower: [] for tower in towers}
+    for r in range(roles):
+        columns = slice(r * anchors, (r + 1) * anchors)
+        role_gradients = torch.autograd.grad(
+            with_graph.rows[:, columns], inputs, context_leaf.grad[:, columns], retain_graph=r + 1 < roles
+        )
+        for i, tower in enumerate(towers):
+            gradients[tower].append(torch.stack(role_gradients[i :: len(towers)]) / backbone.gradient_scale)
+    return losses.detach().view(roles, anchors), {tower: torch.stack(g) for tower, g in gradients.items()}
+
+
+def train(
+    backbone: Backbone,
+    data: EncodedExemplars,
+    name: str,
+    layout: BoundLayout,
+    rule: GradientRule,
+    settings: TrainingSettings,
+    state: RunState,
+    after_step: Callable[[RunState], bool],
+    loss_terms: Sequence[LossTerm] = (denoising_loss,),
+) -> None:
+    """Train `state.vectors` in place from `state.step` to `settings.steps`, leaving base weights alone.
+
+    after_step: sees the state after each step; returns True to stop early; may raise to cancel. Whenever this
+    function is left, by whichever way, `state` is that of the last finished step, so a run resumed from it equals
+    one never interrupted, bit for bit.
+
+    Raises ValueError when the loss or a gradient is not finite.
+    """
+    optimizer = state.make_optimizer(settings.learning_rate, settings.weight_decay)
+    count = len(data.prompts)
+    while state.step < settings.steps:
+        # Random numbers are a function of (seed, step), so a resumed run draws what an uninterrupted one would; the
+        # rule has its own, so that runs which differ in the rule alone see the same anchors, timesteps and noise.
+        generator = step_generator(settings.seed, state.step, "batch")
+        rule_generator = step_generator(settings.seed, state.step, "rule")
+
+        # What to look at: B anchors, for each the pictures of all roles (R, B, C, h, w), timesteps and noise.
+        anchors = draw_anchors(count, settings.batch_size, generator)
+        pictures = [rule.pictures(data, i, rule_generator) for i in anchors]
+        latents = torch.stack([p.latents for p in pictures], dim=1)
+        masks = None
+        if settings.use_masks and data.masks is not None:
+            masks = torch.stack([p.masks for p in pictures], dim=1)
+        roles, batch = latents.shape[:2]
+        t = draw_timesteps(
+            settings.timestep_sampling,
+            (1 if rule.share_timestep else roles, batch),
+            len(backbone.schedule),
+            generator,
+        ).expand(roles, batch)
+        noise_shape = (1 if rule.share_noise else roles, *latents.shape[1:])
+        eps = torch.randn(noise_shape, generator=generator).to(latents).expand_as(latents)
+
+        # What they ask of the vectors, and what the rule lets through.
+        prompts = [data.prompts[i] for i in anchors]
+        losses, gradients = concept_gradients(
+            backbone, name, prompts, state.vectors, layout, latents, t, eps, masks, loss_terms
+        )
+        check_finite(losses, gradients, state.step)
+        updates = {tower: rule.combine(g, rule_generator) for tower, g in gradients.items()}
+
+        before = {tower: v.detach().clone() for tower, v in state.vectors.items()}
+        for tower, v in state.vectors.items():
+            v.grad = updates[tower].gradient
+        optimizer.step()
+        with torch.no_grad():
+            for tower, v in state.vectors.items():
+                if updates[tower].movable is not None:
+                    v.copy_(torch.where(updates[tower].movable, v, before[tower]))
+
+        stats = {k: v for update in updates.values() for k, v in update.stats.items()}
+        state.finish_step(losses[0].mean().item(), stats, optimizer)
+        if after_step(state):
+            return
+
+
+def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
+    """Random numbers of one step of a run, on the CPU."""
+    digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def draw_anchors(count: int, batch_size: int, generator: torch.Generator) -> list[int]:
+    """batch_size of `count` exemplars, each at most once more than any other."""
+    rounds = [torch.randperm(count, generator=generator) for _ in range(math.ceil(batch_size / count))]
+    return torch.cat(rounds)[:batch_size].tolist()
+
+
+def check_finite(losses: Tensor, gradients: Mapping[str, Tensor], step: int) -> None:
+    """Raise ValueError when a loss or gradient is NaN or infinite."""
+    if not losses.isfinite().all() or not all(g.isfinite().all() for g in gradients.values()):
+        raise ValueError(
+            f"The loss is not finite at step {step + 1}; the vectors of step {step} are kept. Lower the learning "
+            "rate, or load the checkpoint in bf16 or fp32 if it runs in fp16."
+        )

@@ -1,0 +1,131 @@
+"""Concepts as files: saved with the workflow that made them, loaded by name, and as stock embeddings where they can."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+
+from ..kernels.concept import load_concept, save_concept
+from .types import Concept
+
+FOLDER = "concept_atelier"  # the key of the concept files in ComfyUI's model folders
+SUFFIX = ".safetensors"
+FILE_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)*", re.ASCII)
+
+
+def register_folders() -> None:
+    """Let ComfyUI look for concepts, and for stock embeddings, in the folders that AtelierSaveConcept writes."""
+    output = Path(folder_paths.get_output_directory())
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    folder_paths.add_model_folder_path(FOLDER, str(output / FOLDER))
+    folder_paths.folder_names_and_paths[FOLDER][1].add(SUFFIX)
+    folder_paths.add_model_folder_path("embeddings", str(output / "embeddings"))
+
+
+register_folders()
+
+
+def free_name(name: str, folders: list[Path]) -> str:
+    """`name`, or `name_2`, `name_3`, ... : the first for which no folder has a file."""
+    number, candidate = 1, name
+    while any((folder / (candidate + SUFFIX)).exists() for folder in folders):
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+def check_file_name(name: str) -> None:
+    """Raise ValueError for a name that is empty, leaves the output folder or needs characters files may not have."""
+    if not FILE_NAME.fullmatch(name) or ".." in name.split("/"):
+        raise ValueError(
+            f'The file_name "{name}" cannot be used: write letters, digits, dots, dashes and underscores, with / '
+            "between folders, or leave it empty for the concept's own name."
+        )
+
+
+class AtelierSaveConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AtelierSaveConcept",
+            display_name="Save Concept",
+            category="Concept Atelier/Files",
+            description="Saves a learned concept to output/concept_atelier, with the workflow that made it. A concept "
+            "of one token is also saved as a stock embedding, for embedding:name in any prompt node.",
+            search_aliases=["save embedding", "save token", "export concept"],
+            inputs=[
+                Concept.Input("concept", tooltip="The concept to save, from Train or Load Concept."),
+                io.String.Input(
+                    "file_name",
+                    default="",
+                    tooltip="Name of the file, without ending; folders with /. Empty: the concept's own name.",
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip="On: replace a file of this name. Off: keep it and add a number to the new one.",
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, concept, file_name: str, overwrite: bool) -> io.NodeOutput:
+        name = file_name.strip().removesuffix(SUFFIX) or concept.name
+        check_file_name(name)
+        output = Path(folder_paths.get_output_directory())
+        folders = [output / FOLDER] + [output / "embeddings"] * concept.is_stock_embedding
+        name = name if overwrite else free_name(name, folders)
+        for folder in folders:
+            save_concept(folder / (name + SUFFIX), concept, cls.workflow_metadata())
+        lines = [f"Saved to {folders[0] / (name + SUFFIX)}", f"Write <{concept.name}> in 'Text Encode with Concepts'."]
+        if concept.is_stock_embedding:
+            lines.append(f"Or embedding:{name} in any prompt node, from {folders[1] / (name + SUFFIX)}")
+        return io.NodeOutput(ui=ui.PreviewText("\n".join(lines)))
+
+    @classmethod
+    def workflow_metadata(cls) -> dict[str, str]:
+        """The prompt and workflow of this run, as core nodes write them, unless ComfyUI was told not to."""
+        if args.disable_metadata:
+            return {}
+        values = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
+        return {key: json.dumps(value) for key, value in values.items() if value is not None}
+
+
+class AtelierLoadConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AtelierLoadConcept",
+            display_name="Load Concept",
+            category="Concept Atelier/Files",
+            description="Loads a concept saved by Save Concept, from output/concept_atelier or models/concept_atelier.",
+            search_aliases=["load embedding", "load token", "import concept"],
+            inputs=[
+                io.Combo.Input(
+                    "file_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file in output/concept_atelier or models/concept_atelier.",
+                ),
+            ],
+            outputs=[
+                Concept.Output(display_name="concept", tooltip="The concept, for Text Encode with Concepts or Train."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file_name: str) -> tuple[int, int]:
+        status = Path(folder_paths.get_full_path_or_raise(FOLDER, file_name)).stat()
+        return status.st_mtime_ns, status.st_size
+
+    @classmethod
+    def execute(cls, file_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_concept(Path(folder_paths.get_full_path_or_raise(FOLDER, file_name))))
+
+
+NODES = [AtelierSaveConcept, AtelierLoadConcept]

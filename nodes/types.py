@@ -1,0 +1,9 @@
+"""The socket types of the pack. Their names are saved in workflows and never change."""
+
+from comfy_api.latest import io
+
+Concept = io.Custom("ATELIER_CONCEPT")
+Exemplars = io.Custom("ATELIER_EXEMPLARS")
+Layout = io.Custom("ATELIER_LAYOUT")
+GradientRule = io.Custom("ATELIER_GRADIENT_RULE")
+LossTerm = io.Custom("ATELIER_LOSS")

@@ -1,0 +1,178 @@
+"""A real ComfyUI for tests: started in a fresh base folder with our pack, driven through /prompt and the websocket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+PACK = Path(__file__).resolve().parents[2]
+PACK_NAME = "concept-atelier"
+FIXTURE_PACK = Path(__file__).parent / "fixture_pack"
+TINY_CHECKPOINT = "tiny_sd1.safetensors"
+
+PREVIEW_WITH_NODE = 4  # the websocket's binary event type of a preview that names its node
+
+
+@dataclass
+class Outcome:
+    """What became of one prompt."""
+
+    status: str = "running"  # then: success, error, interrupted, or rejected (by validation)
+    error: str = ""  # the sentence the artist sees
+    executed: list[str] = field(default_factory=list)  # node ids in order, without cached ones
+    previews: Counter = field(default_factory=Counter)  # preview pictures by node id
+    training: list[dict[str, Any]] = field(default_factory=list)  # our own events
+    outputs: dict[str, Any] = field(default_factory=dict)  # node id -> ui output
+    seconds: float = 0.0
+
+
+class ComfyServer:
+    """One server process. Use as a context manager; `folder` gets models/, input/, output/, custom_nodes/."""
+
+    def __init__(self, comfyui: Path, folder: Path, packs: dict[str, Path]) -> None:
+        self.comfyui, self.folder = comfyui, folder
+        for name in ("models/checkpoints", "input", "output", "custom_nodes", "user"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name, pack in packs.items():
+            (folder / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "server.log"
+
+    def __enter__(self) -> ComfyServer:
+        command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--base-directory", str(self.folder), "--database-url", "sqlite:///:memory:"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.comfyui,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        deadline = time.monotonic() + 180
+        while not self.answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.3)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def answers(self) -> bool:
+        """Whether the server answers requests."""
+        try:
+            return self.get("/system_stats") is not None
+        except OSError:
+            return False
+
+    def fetch(self, path: str) -> tuple[int, str]:
+        """GET: status and text."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def get(self, path: str) -> Any:
+        """GET: the parsed JSON. Raises OSError where there is no answer."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, data: dict[str, Any]) -> tuple[int, Any]:
+        """POST JSON: status and parsed answer (None for an empty one)."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(data).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                status, body = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, body = error.code, error.read()
+        return status, json.loads(body) if body else None
+
+    def run(
+        self,
+        prompt: dict[str, Any],
+        on_training: Callable[[dict[str, Any]], None] | None = None,
+        timeout: float = 300,
+    ) -> Outcome:
+        """Queue an API-form workflow and wait for its end. on_training is called with each of our training events."""
+        return asyncio.run(asyncio.wait_for(self._run(prompt, on_training), timeout))
+
+    async def _run(self, prompt: dict[str, Any], on_training: Callable[[dict[str, Any]], None] | None) -> Outcome:
+        outcome, start, client = Outcome(), time.monotonic(), uuid.uuid4().hex
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{self.url}/ws?clientId={client}", max_msg_size=0) as socket,
+        ):
+            await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+            status, answer = self.post("/prompt", {"prompt": prompt, "client_id": client})
+            if status != 200:
+                return Outcome(status="rejected", error=rejection(answer))
+            while outcome.status == "running":
+                message = await socket.receive()
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    if int.from_bytes(message.data[:4], "big") == PREVIEW_WITH_NODE:
+                        length = int.from_bytes(message.data[4:8], "big")
+                        outcome.previews[json.loads(message.data[8 : 8 + length])["node_id"]] += 1
+                elif message.type == aiohttp.WSMsgType.TEXT:
+                    note(outcome, json.loads(message.data), answer["prompt_id"], on_training)
+                else:
+                    raise RuntimeError(f"The server closed the websocket:\n{self.log.read_text()[-4000:]}")
+        outcome.seconds = time.monotonic() - start
+        outcome.outputs = self.get(f"/history/{answer['prompt_id']}").get(answer["prompt_id"], {}).get("outputs", {})
+        return outcome
+
+
+def rejection(answer: dict[str, Any]) -> str:
+    """The sentences of a /prompt validation error."""
+    of_nodes = [e for node in answer["node_errors"].values() for e in node["errors"]]
+    return "; ".join(f"{e['message']}: {e['details']}" for e in of_nodes) or answer["error"]["message"]
+
+
+def note(
+    outcome: Outcome,
+    message: dict[str, Any],
+    prompt_id: str,
+    on_training: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Enter one websocket message into `outcome`."""
+    data = message.get("data") or {}
+    match message["type"]:
+        case "concept-atelier.train":
+            outcome.training.append(data)
+            if on_training is not None:
+                on_training(data)
+        case "executing" if data.get("prompt_id") == prompt_id and data.get("node"):
+            outcome.executed.append(data["node"])
+        case "execution_success" | "execution_interrupted" as kind if data.get("prompt_id") == prompt_id:
+            outcome.status = kind.removeprefix("execution_")
+        case "execution_error" if data.get("prompt_id") == prompt_id:
+            outcome.status = "error"
+            outcome.error = data["exception_message"].strip()
