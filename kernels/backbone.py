@@ -154,3 +154,7 @@ class Backbone(Protocol):
     def linears(self) -> Mapping[str, nn.Linear]:
         """The attention projections of the U-Net by name, in a fixed order: where low-rank adapters hook in."""
         ...
+
+    def fingerprint(self) -> str:
+        """A hash of the weights of U-Net, text encoders and VAE, cheap to compute: what names a training run."""
+        ...

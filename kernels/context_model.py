@@ -67,8 +67,9 @@ def learn_context(
     """Fit a LowRank to one exemplar: || eps - eps_theta(x_t, t, caption without blank) ||^2.
 
     on_step: called with the number of finished steps, may raise to cancel. Gradients must be possible.
+    Raises ValueError when the loss or a gradient is not finite.
     """
-    x_0 = backbone.encode_image(exemplar.image[None])
+    x_0 = backbone.encode_image(exemplar.image[None].to(backbone.device))
     context = _plain_context(backbone, [fill_with_action(exemplar.caption, "")])
     low_rank = LowRank(backbone.linears(), settings.rank, settings.seed, backbone.device)
     optimizer = torch.optim.AdamW(low_rank.parameters(), lr=settings.learning_rate)
@@ -80,7 +81,14 @@ def learn_context(
             x_t = backbone.schedule.add_noise(x_0, t, eps)
             loss = F.mse_loss(backbone.predict_noise(x_t, t, context), eps)
             optimizer.zero_grad()
-            loss.backward()
+            (loss * backbone.gradient_scale).backward()
+            for weight in low_rank.parameters():
+                weight.grad /= backbone.gradient_scale
+            if not all(weight.grad.isfinite().all() for weight in low_rank.parameters()):
+                raise ValueError(
+                    f"The context model's gradient is not finite at step {step + 1}: lower the context learning rate, "
+                    "or load the checkpoint in bf16 or fp32 if it runs in fp16."
+                )
             optimizer.step()
             on_step(step + 1)
     return low_rank

@@ -5,36 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import AttentionMaps, Layer, TextContext, TextEncoding
-from .prompts import Placeholder, Prompt
+from .clip_text import Tower, learned_rows, pieces, tokenise
+from .diffusers_attention import LayerAttention, Recording, ldm_name, transformer_blocks
+from .prompts import Prompt
+from .run_state import weights_fingerprint
 from .schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from diffusers import (
-        AutoencoderKL,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        Transformer2DModel,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
     from ..toyworld.model import ToyModel
-
-
-class Tower(NamedTuple):
-    """One text encoder: its name in a concept file ("l", "h", "g"), its tokenizer, its model."""
-
-    name: str
-    tokenizer: CLIPTokenizer
-    encoder: CLIPTextModel | CLIPTextModelWithProjection
 
 
 class Autoencoder(Protocol):
@@ -45,10 +32,11 @@ class Autoencoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
 
 
-class KLAutoencoder:
+class KLAutoencoder(nn.Module):
     """Stable Diffusion's VAE as an Autoencoder: the mode of its posterior, times its scaling factor."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
         # SDXL's VAE overflows in half precision; its configuration says so.
         in_half = vae.dtype == torch.float16 and vae.config.force_upcast
         self.vae = (copy.deepcopy(vae).float() if in_half else vae).eval().requires_grad_(False)
@@ -58,60 +46,6 @@ class KLAutoencoder:
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What one open `attention` context wants to see, and where it goes."""
-
-    maps: AttentionMaps
-    tokens: tuple[int, ...]
-
-
-class LayerAttention:
-    """diffusers attention processor of one cross-attention layer; it knows its layer from construction on.
-
-    `encoder_hidden_states` is a TextContext, of which it takes its own two rows, or a plain tensor, as in a stock call.
-    The arithmetic is that of diffusers' AttnProcessor2_0, so equal contexts give equal bits.
-    """
-
-    def __init__(self, layer: Layer, index: int, recordings: list[Recording]) -> None:
-        self.layer = layer
-        self.index = index
-        self.recordings = recordings
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: TextContext | Tensor,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        if isinstance(encoder_hidden_states, TextContext):
-            key_source, value_source = encoder_hidden_states.sources(self.index)
-        else:
-            key_source = value_source = encoder_hidden_states
-
-        batch = hidden_states.shape[0]
-
-        def heads(x: Tensor) -> Tensor:
-            return x.view(batch, -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
-
-        q = heads(attn.to_q(hidden_states))
-        k = heads(attn.to_k(key_source))
-        v = heads(attn.to_v(value_source))
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[2], batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        for recording in self.recordings:
-            if self.layer in recording.maps.maps:
-                scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-                recording.maps.maps[self.layer].append(scores.softmax(dim=-1)[..., recording.tokens])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-        out = out.transpose(1, 2).reshape(batch, -1, attn.heads * v.shape[-1])
-        for module in attn.to_out:
-            out = module(out)
-        return out
 
 
 class DiffusersBackbone:
@@ -206,9 +140,8 @@ class DiffusersBackbone:
     def device(self) -> torch.device:
         return self.unet.device
 
-    @property
-    def gradient_scale(self) -> float:
-        return 1024.0 if self.unet.dtype == torch.float16 else 1.0
+    def fingerprint(self) -> str:
+        return weights_fingerprint(self.unet, *(tower.encoder for tower in self.text_towers), self.autoencoder)
 
     def token_vectors(self, text: str) -> dict[str, Tensor]:
         vectors = {}
@@ -294,87 +227,3 @@ class DiffusersBackbone:
             for attention in ("attn1", "attn2")
             for projection in ("to_q", "to_k", "to_v", "to_out.0")
         }
-
-
-def transformer_blocks(unet: UNet2DConditionModel) -> Iterator[tuple[Layer, nn.Module]]:
-    """The transformer blocks of a diffusers U-Net in execution order, under their LDM numbers."""
-
-    def inside(block: str, number: int, transformer: Transformer2DModel) -> Iterator[tuple[Layer, nn.Module]]:
-        for depth, module in enumerate(transformer.transformer_blocks):
-            yield Layer(block, number, depth), module
-
-    # LDM counts the first convolution, every residual block and every downsampler as an input block of its own,
-    # and an upsampler with the output block before it.
-    number = 1
-    for level in unet.down_blocks:
-        for index in range(len(level.resnets)):
-            if getattr(level, "has_cross_attention", False):
-                yield from inside("input", number, level.attentions[index])
-            number += 1
-        number += level.downsamplers is not None
-    if getattr(unet.mid_block, "has_cross_attention", False):
-        yield from inside("middle", 0, unet.mid_block.attentions[0])
-    number = 0
-    for level in unet.up_blocks:
-        for index in range(len(level.resnets)):
-            if getattr(level, "has_cross_attention", False):
-                yield from inside("output", number, level.attentions[index])
-            number += 1
-
-
-def ldm_name(layer: Layer) -> str:
-    """The module path of a transformer block in an LDM checkpoint."""
-    block = "middle_block" if layer.block == "middle" else f"{layer.block}_blocks.{layer.number}"
-    return f"{block}.1.transformer_blocks.{layer.depth}"
-
-
-def pieces(tokenizer: CLIPTokenizer, text: str) -> list[int]:
-    """Token ids of a text without BOS and EOS."""
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def tokenise(tower: Tower, prompt: Prompt, lengths: Mapping[str, int]) -> tuple[list[int], dict[str, tuple[int, ...]]]:
-    """Padded token ids (T) of a prompt, and the positions of each placeholder's vectors.
-
-    lengths: vectors a placeholder. Raises ValueError when the prompt is longer than the tower's context.
-    """
-    tokenizer = tower.tokenizer
-    ids = [tokenizer.bos_token_id]
-    positions: dict[str, tuple[int, ...]] = dict.fromkeys(prompt.names, ())
-    for part in prompt.parts:
-        if isinstance(part, Placeholder):
-            length = lengths[part.name]
-            positions[part.name] += tuple(range(len(ids), len(ids) + length))
-            # An id that exists and is not EOS: the pooled output is read at the largest id, or at the first EOS.
-            ids += [tokenizer.bos_token_id] * length
-        else:
-            ids += pieces(tokenizer, part)
-    ids.append(tokenizer.eos_token_id)
-    room = tower.encoder.config.max_position_embeddings
-    if len(ids) > room:
-        raise ValueError(
-            f'The prompt "{prompt.text}" has {len(ids) - 2} tokens, the text encoder reads {room - 2}: shorten it.'
-        )
-    return ids + [tokenizer.pad_token_id] * (room - len(ids)), positions
-
-
-@contextmanager
-def learned_rows(
-    embedding: nn.Module, rows: Mapping[str, Tensor], positions: Mapping[str, Sequence[int]]
-) -> Iterator[None]:
-    """While open, `embedding` gives each placeholder's rows (N, n, width) at its positions, at every occurrence.
-
-    A hook works with every version of transformers; CLIPTextModel takes no `inputs_embeds` in some.
-    """
-
-    def put(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        for name, vectors in rows.items():
-            index = torch.tensor(positions[name], device=output.device)
-            output = output.index_copy(1, index, vectors.to(output).repeat(1, len(index) // vectors.shape[1], 1))
-        return output
-
-    handle = embedding.register_forward_hook(put)
-    try:
-        yield
-    finally:
-        handle.remove()

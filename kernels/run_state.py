@@ -21,12 +21,14 @@ class RunState:
     """Vectors, optimiser and history after `step` finished steps.
 
     vectors: {tower: (S, n, width)} leaf tensors. moments: AdamW's state by tower, empty before the first step.
+    stopped_short_of: the number of steps the run was to have when the artist ended it early and kept it; 0 otherwise.
     losses: one a step. stats: {name: one value a step}. Random numbers need no state (`training.step_generator`).
     """
 
     vectors: dict[str, Tensor]
     step: int = 0
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    stopped_short_of: int = 0
     losses: list[float] = field(default_factory=list)
     stats: dict[str, list[float]] = field(default_factory=dict)
 
@@ -60,7 +62,8 @@ class RunState:
             tensors |= {f"moments.{tower}.{key}": value.detach().cpu().contiguous() for key, value in moments.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors |= {f"stats.{key}": torch.tensor(v, dtype=torch.float64) for key, v in self.stats.items()}
-        write_safetensors(path, tensors, {"format_version": str(FORMAT_VERSION), "step": str(self.step)})
+        header = {"step": self.step, "stopped_short_of": self.stopped_short_of, "format_version": FORMAT_VERSION}
+        write_safetensors(path, tensors, {key: str(value) for key, value in header.items()})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> RunState:
@@ -77,20 +80,28 @@ class RunState:
                 _, tower, name = key.split(".")
                 moments.setdefault(tower, {})[name] = value if name == "step" else value.to(device)
         stats = {key.removeprefix("stats."): v.tolist() for key, v in tensors.items() if key.startswith("stats.")}
-        return cls(vectors, int(header["step"]), moments, tensors["losses"].tolist(), stats)
+        return cls(
+            vectors,
+            int(header["step"]),
+            moments,
+            int(header["stopped_short_of"]),
+            tensors["losses"].tolist(),
+            stats,
+        )
 
 
-def weights_fingerprint(module: nn.Module) -> str:
-    """A hash of a module's weights that takes milliseconds: names, shapes and 64 spread values of each tensor.
+def weights_fingerprint(*modules: nn.Module) -> str:
+    """A hash of modules' weights that takes milliseconds: names, shapes and 64 spread values of each tensor.
 
     Different fine-tunes and merged LoRAs differ in nearly every value, so spread values tell them apart.
     """
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(f"{key}{tuple(value.shape)}".encode())
-        flat = value.detach().reshape(-1)
-        spread = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
-        digest.update(spread.float().cpu().numpy().tobytes())
+    for module in modules:
+        for key, value in sorted(module.state_dict().items()):
+            digest.update(f"{key}{tuple(value.shape)}".encode())
+            flat = value.detach().reshape(-1)
+            spread = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
+            digest.update(spread.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ def register_folders() -> None:
     """Let ComfyUI look for concepts, and for stock embeddings, in the folders that AtelierSaveConcept writes."""
     output = Path(folder_paths.get_output_directory())
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-    folder_paths.add_model_folder_path(FOLDER, str(output / FOLDER))
+    folder_paths.add_model_folder_path(FOLDER, str(output / FOLDER), is_default=True)
     folder_paths.folder_names_and_paths[FOLDER][1].add(SUFFIX)
     folder_paths.add_model_folder_path("embeddings", str(output / "embeddings"))
 
@@ -30,10 +30,10 @@ def register_folders() -> None:
 register_folders()
 
 
-def free_name(name: str, folders: list[Path]) -> str:
-    """`name`, or `name_2`, `name_3`, ... : the first for which no folder has a file."""
+def free_name(name: str, keys: list[str]) -> str:
+    """`name`, or `name_2`, `name_3`, ... : the first that no folder of these model folder keys holds yet."""
     number, candidate = 1, name
-    while any((folder / (candidate + SUFFIX)).exists() for folder in folders):
+    while any(folder_paths.get_full_path(key, candidate + SUFFIX) for key in keys):
         number += 1
         candidate = f"{name}_{number}"
     return candidate
@@ -78,14 +78,14 @@ class AtelierSaveConcept(io.ComfyNode):
     def execute(cls, concept, file_name: str, overwrite: bool) -> io.NodeOutput:
         name = file_name.strip().removesuffix(SUFFIX) or concept.name
         check_file_name(name)
-        output = Path(folder_paths.get_output_directory())
-        folders = [output / FOLDER] + [output / "embeddings"] * concept.is_stock_embedding
-        name = name if overwrite else free_name(name, folders)
-        for folder in folders:
-            save_concept(folder / (name + SUFFIX), concept, cls.workflow_metadata())
-        lines = [f"Saved to {folders[0] / (name + SUFFIX)}", f"Write <{concept.name}> in 'Text Encode with Concepts'."]
+        keys = [FOLDER, "embeddings"] if concept.is_stock_embedding else [FOLDER]
+        name = name if overwrite else free_name(name, keys)
+        paths = [Path(folder_paths.get_output_directory(), key, name + SUFFIX) for key in keys]
+        for path in paths:
+            save_concept(path, concept, cls.workflow_metadata())
+        lines = [f"Saved to {paths[0]}", f"Write <{concept.name}> in 'Text Encode with Concepts'."]
         if concept.is_stock_embedding:
-            lines.append(f"Or embedding:{name} in any prompt node, from {folders[1] / (name + SUFFIX)}")
+            lines.append(f"Or write embedding:{name} in any prompt node: it is also in {paths[1]}")
         return io.NodeOutput(ui=ui.PreviewText("\n".join(lines)))
 
     @classmethod

@@ -5,18 +5,19 @@ import argparse
 import torch
 
 from .train_autoencoder import train_autoencoder
+from .train_judge import train_judge
 from .train_model import train_model
 
 
 def main() -> None:
     """Parse the command line and train one part."""
+    trainers = {"autoencoder": train_autoencoder, "judge": train_judge, "model": train_model}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["autoencoder", "model"])
+    parser.add_argument("part", choices=list(trainers))
     parser.add_argument("--minutes", type=float, required=True, help="how long to train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    trainers = {"autoencoder": train_autoencoder, "model": train_model}
     trainers[arguments.part](arguments.minutes, arguments.seed, arguments.device)
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import comfy.conds
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.backbone import Layer, TextContext
 from ...kernels.conditioning import StagedContext
-from .layers import context_width, cross_attention_layers
+from .backbone import context_width, cross_attention_layers, layer_of_call, with_patch
 
 KEY = "concept_atelier"
 WORDS = "concept_atelier_words"
@@ -62,22 +63,27 @@ class CarriedConcepts(comfy.conds.CONDConstant):
         raise ValueError(NOT_ROUTED)
 
 
-def to_conditioning(
-    staged: StagedContext, layers: Sequence[Layer], pooled: Tensor | None, words: tuple[str, ...]
-) -> Conditioning:
-    """CONDITIONING of one prompt. Without a payload, a stock one, when all readers get the same context.
+def plain_conditioning(context: Tensor, pooled: Tensor | None, words: Sequence[str]) -> Conditioning:
+    """Stock CONDITIONING of one prompt, context (1, T, d) and pooled (1, p).
 
-    staged: contexts with B = 1. pooled: (1, p) as the stock encoder gives it. words: for each of the T tokens the word
-    it belongs to, kept for the nodes that ask where a word looks.
+    words: the word that each of the T tokens belongs to, kept for the nodes that ask where a word looks.
     """
-    distinct = torch.cat([context.rows for context in staged.contexts])
-    plain = distinct.mean(dim=0).cpu()
-    values = {"pooled_output": pooled, WORDS: words}
-    if len(distinct) > 1:
+    return [[context, {"pooled_output": pooled, WORDS: tuple(words)}]]
+
+
+def concept_conditioning(staged: StagedContext, layers: Sequence[Layer], words: Sequence[str]) -> Conditioning:
+    """CONDITIONING of one prompt with concepts: a stock one when all readers get the same context, else with payload.
+
+    staged: contexts with B = 1. layers: the U-Net they are for. words: as in `plain_conditioning`.
+    """
+    rows = torch.cat([context.rows for context in staged.contexts])
+    plain = rows.mean(dim=0).cpu()
+    conditioning = plain_conditioning(plain, staged.contexts[0].pooled, words)
+    if len(rows) > 1:
         contexts = tuple(TextContext(c.rows.cpu(), c.key, c.value) for c in staged.contexts)
         staged = StagedContext(staged.starts, contexts, staged.positions)
-        values["model_conds"] = {KEY: CarriedConcepts(ConceptPayload(staged, tuple(layers), plain))}
-    return [[plain, values]]
+        conditioning[0][1]["model_conds"] = {KEY: CarriedConcepts(ConceptPayload(staged, tuple(layers), plain))}
+    return conditioning
 
 
 def route_concepts(model: ModelPatcher) -> ModelPatcher:
@@ -85,6 +91,11 @@ def route_concepts(model: ModelPatcher) -> ModelPatcher:
 
     Raises ValueError when MODEL is no U-Net with cross-attention.
     """
+    if not isinstance(model.model.diffusion_model, UNetModel):
+        raise ValueError(
+            f"The MODEL ({type(model.model).__name__}) is no U-Net, and concepts are for the U-Nets of SD1.x, SD2.x and "
+            "SDXL: load such a checkpoint."
+        )
     reader = ConceptReader(cross_attention_layers(model), context_width(model))
     routed = model.clone()
     routed.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)
@@ -105,7 +116,8 @@ class ConceptReader:
         patch = ContextPatch(self.numbers)
         conds = [group and [self._unload(cond, model, timestep, patch) for cond in group] for group in conds]
         if patch.chunks:
-            model_options = with_patch(model_options, "attn2_patch", first=patch)
+            options = with_patch(model_options.get("transformer_options", {}), "attn2_patch", patch, first=True)
+            model_options = {**model_options, "transformer_options": options}
         return executor(model, conds, x_in, timestep, model_options)
 
     def _unload(self, cond: dict, model: Any, timestep: Tensor, patch: ContextPatch) -> dict:
@@ -182,7 +194,7 @@ class ContextPatch:
         chunks = [self.chunks.get(identifier) for identifier in extra["uuids"]]
         if not any(chunks):
             return n, context, value
-        layer = self.numbers[Layer(*extra["block"], extra["block_index"])]
+        layer = self.numbers[layer_of_call(extra)]
         keys, values = [], []
         for chunk, key, val in zip(chunks, context.chunk(len(chunks)), value.chunk(len(chunks))):
             if chunk is not None:
@@ -192,10 +204,3 @@ class ContextPatch:
             values.append(val)
         return n, torch.cat(keys), torch.cat(values)
 
-
-def with_patch(model_options: dict, name: str, *, first: Callable) -> dict:
-    """model_options for one call, with a transformer patch that runs before those that are there."""
-    options = model_options.get("transformer_options", {})
-    patches = options.get("patches", {})
-    patches = {**patches, name: [first, *patches.get(name, [])]}
-    return {**model_options, "transformer_options": {**options, "patches": patches}}

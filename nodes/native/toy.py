@@ -33,6 +33,7 @@ UNET_LEVELS = {
     "transformer_depth_middle": 1,
     "transformer_depth_output": [1, 1, 1, 1],
 }
+FAMILY = "toy"  # what the backbone asks the classes of MODEL and CLIP for
 TOWER = "l"
 TOKENIZER = WEIGHTS / "tokenizer"
 
@@ -52,8 +53,9 @@ class ToyLatent(comfy.latent_formats.LatentFormat):
 
 
 class ToyConfig(comfy.supported_models_base.BASE):
-    """The toy U-Net. Its class is how the backbone knows the family "toy"."""
+    """The toy U-Net."""
 
+    atelier_family = FAMILY
     unet_extra_config = {"num_heads": HEADS, "num_head_channels": -1}
     latent_format = ToyLatent
     supported_inference_dtypes = [torch.float32]
@@ -70,6 +72,12 @@ class ToyTextModel(comfy.clip_model.CLIPTextModel):
         super().__init__(config, dtype, device, operations)
         embedding = operations.Embedding(config["vocab_size"], config["hidden_size"], dtype=dtype, device=device)
         self.set_input_embeddings(embedding)
+
+
+class ToyClipModel(comfy.sd1_clip.SD1ClipModel):
+    """One CLIP tower, as in SD1.x, under a name of its own."""
+
+    atelier_family = FAMILY
 
 
 class ToyTokenizerLoader:
@@ -169,7 +177,7 @@ def build_clip(text_encoder: Mapping[str, Tensor]) -> comfy.sd.CLIP:
     )
     target = comfy.supported_models_base.ClipTarget(
         partial(comfy.sd1_clip.SD1Tokenizer, clip_name=TOWER, tokenizer=tokenizer_class),
-        partial(comfy.sd1_clip.SD1ClipModel, clip_name=TOWER, clip_model=encoder_class),
+        partial(ToyClipModel, clip_name=TOWER, clip_model=encoder_class),
     )
     clip = comfy.sd.CLIP(
         target,

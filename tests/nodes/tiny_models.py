@@ -91,7 +91,7 @@ def unet_config(family: str) -> dict[str, Any]:
 
 
 def build_unet(topology: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL of one topology ("sd2_v" is SD2.x with v-prediction), its weights stored in `dtype`, computed in float32."""
+    """A MODEL of one topology ("sd2_v" is SD2.x with v-prediction), weights stored in `dtype`, computed in float32."""
     family = topology.removesuffix("_v")
     config = {
         "sd1": comfy.supported_models.SD15,

@@ -1,0 +1,190 @@
+"""Where words look while a picture is sampled: cross-attention recorded on the side, the sampling itself untouched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from .backbone import with_patch
+from .payload import WORDS, Conditioning
+
+KEY = "concept_atelier_attention"
+ATTENTION = "optimized_attention_override"
+
+AREA = (
+    "The positive conditioning is limited to an area, and the map of an area does not cover the picture: limit it with "
+    "'Conditioning (Set Mask)' instead."
+)
+
+
+class Place(NamedTuple):
+    """Where a map was seen. step: of the sampler, from 0. block: "input", "middle" or "output". level: latents are
+    2 ** level times as wide as the map."""
+
+    step: int
+    block: str
+    level: int
+
+
+def find_words(positive: Conditioning, wanted: str) -> set[str]:
+    """The words asked for, as they stand in the prompts of `positive`.
+
+    wanted: words and <names>, separated by spaces or commas. Raises ValueError for a word that no prompt has, and for
+    conditioning that does not know its words.
+    """
+    words = {fold(word) for word in wanted.replace(",", " ").split()}
+    known = {fold(word) for _, values in positive for word in values.get(WORDS, ())} - {""}
+    if not known:
+        raise ValueError(
+            "The positive conditioning does not tell which token is which word: encode the prompt with 'Text Encode "
+            "with Concepts'."
+        )
+    if missing := words - known:
+        raise ValueError(
+            f"The prompt does not have {', '.join(sorted(missing))}: choose among its words {', '.join(sorted(known))}."
+        )
+    if not words:
+        raise ValueError(f"The input words is empty: choose among the words {', '.join(sorted(known))}.")
+    return words
+
+
+def fold(word: str) -> str:
+    """How words are compared: CLIP knows no capitals, names of concepts do."""
+    return word if word.startswith("<") else word.lower()
+
+
+class AttentionRecorder:
+    """Records, during sampling, the share of attention that every place of the picture pays to `words`.
+
+    It watches only the positive conditioning. Attention is softmax(Q K^T / sqrt(d)), the mean of the heads, summed
+    over the tokens of the words.
+    """
+
+    def __init__(self, words: Collection[str]) -> None:
+        self.words = set(words)
+        self.sums: dict[Place, Tensor] = {}  # (B, h, w) each
+        self.counts: Counter[Place] = Counter()
+
+    def watch(self, model: ModelPatcher) -> ModelPatcher:
+        """A clone of MODEL that is recorded when it is sampled."""
+        watched = model.clone()
+        watched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self)
+        return watched
+
+    def __call__(
+        self, executor: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
+    ) -> list[Tensor]:
+        options = model_options["transformer_options"]
+        # A sampler may evaluate between two steps: such a call belongs to the step it started from.
+        step = int((options["sample_sigmas"].to(timestep) >= timestep[0] * (1 - 1e-4)).sum()) - 1
+        call = CallRecorder(self, max(step, 0))
+        for cond in conds[0]:
+            positions = [at for at, word in enumerate(cond.get(WORDS, ())) if fold(word) in self.words]
+            if positions and "area" in cond:
+                raise ValueError(AREA)
+            call.prompts[cond["uuid"]] = (positions, cond["model_conds"]["c_crossattn"].cond.shape[1])
+        return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": call.install(options)})
+
+    def add(self, place: Place, maps: Tensor) -> None:
+        """Take in one layer's maps (B, h, w)."""
+        self.sums[place] = self.sums.get(place, 0) + maps
+        self.counts[place] += 1
+
+    def maps(self, blocks: Collection[str], levels: Collection[int], steps: range) -> list[list[Tensor]]:
+        """For each step that was recorded, the mean maps (B, h, w) of each level, over all layers of `blocks`."""
+        by_step = []
+        for step in sorted({place.step for place in self.sums} & set(steps)):
+            by_level = []
+            for level in levels:
+                places = [p for p in self.sums if p.step == step and p.level == level and p.block in blocks]
+                if places:
+                    by_level.append(sum(self.sums[p] for p in places) / sum(self.counts[p] for p in places))
+            by_step.append(by_level)
+        return by_step
+
+
+class CallRecorder:
+    """The patches of one call of the U-Net. prompts: of each positive cond its token positions and its length."""
+
+    def __init__(self, recorder: AttentionRecorder, step: int) -> None:
+        self.recorder = recorder
+        self.step = step
+        self.prompts: dict[Any, tuple[Sequence[int], int]] = {}
+        self.inside: dict | None = None  # the extra_options of the attn2 that is being computed
+
+    def install(self, options: dict) -> dict:
+        """transformer_options with these patches, around what other nodes have installed."""
+        options = with_patch(options, "attn2_patch", self.enter)
+        options = with_patch(options, "attn2_output_patch", self.leave, first=True)
+        return {**options, ATTENTION: self.around(options.get(ATTENTION))}
+
+    def enter(self, n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
+        self.inside = extra
+        return n, context, value
+
+    def leave(self, n: Tensor, extra: dict) -> Tensor:
+        self.inside = None
+        return n
+
+    def around(self, previous: Callable | None) -> Callable:
+        """The attention function: what was there, its result as it is, after a look at q and k."""
+
+        def attend(function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any):
+            if self.inside is not None:
+                extra, self.inside = self.inside, None
+                self.record(extra, q, k, heads, kwargs.get("skip_reshape", False))
+            if previous is None:
+                return function(q, k, v, heads, *args, **kwargs)
+            return previous(function, q, k, v, heads, *args, **kwargs)
+
+        return attend
+
+    def record(self, extra: dict, q: Tensor, k: Tensor, heads: int, split: bool) -> None:
+        """Maps of the positive chunks. q, k: (B, tokens, heads * d), or (B, heads, tokens, d) when `split`."""
+        chunks = len(extra["uuids"])
+        block, level = extra["block"][0], level_of(q.shape[-2], *extra["original_shape"][-2:])
+        height, width = level_shape(level, *extra["original_shape"][-2:])
+        for uuid, side, q_chunk, k_chunk in zip(
+            extra["uuids"], extra["cond_or_uncond"], q.chunk(chunks), k.chunk(chunks)
+        ):
+            # ComfyUI may copy a positive's uuid onto a negative, so the side counts too: 0 is positive.
+            positions, length = self.prompts.get(uuid, ((), 0)) if side == 0 else ((), 0)
+            if positions:
+                maps = word_attention(q_chunk, k_chunk, heads, split, positions, length)
+                self.recorder.add(Place(self.step, block, level), maps.unflatten(-1, (height, width)))
+
+
+def word_attention(q: Tensor, k: Tensor, heads: int, split: bool, positions: Sequence[int], length: int) -> Tensor:
+    """The attention (B, h * w) to `positions` of a prompt of `length` tokens, which k may repeat."""
+    if not split:
+        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+    p = (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    copies = k.shape[-2] // length
+    p = p[..., : copies * length].unflatten(-1, (copies, length)).sum(-2)
+    return p[..., list(positions)].sum(-1).mean(1)
+
+
+def level_shape(level: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the U-Net's maps after `level` halvings, odd sizes rounded up."""
+    return -(-height // 2**level), -(-width // 2**level)
+
+
+def level_of(pixels: int, height: int, width: int) -> int:
+    """How often latents (height, width) were halved to give maps of `pixels` places.
+
+    Raises ValueError when no halving gives that many.
+    """
+    for level in range(max(height, width).bit_length()):
+        rows, columns = level_shape(level, height, width)
+        if rows * columns == pixels:
+            return level
+    raise ValueError(
+        f"A layer of this MODEL attends from {pixels} places, which no halving of its {width} x {height} latents "
+        "gives: remove the node that rescales inside the U-Net (Deep Shrink, HyperTile)."
+    )

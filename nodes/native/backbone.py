@@ -1,0 +1,284 @@
+"""The Backbone on ComfyUI's MODEL, CLIP and VAE.
+
+ComfyUI speaks k-diffusion (x = x_0 + sigma eps, a denoised picture comes back), the kernels speak VP (x_t, t, eps): the
+conversion happens here and nowhere else. Every prediction goes through `calc_cond_batch`, so whatever other nodes put
+on the MODEL (LoRA, patches, wrappers) stays in effect.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.samplers
+import comfy.sd
+import comfy.supported_models
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ...kernels.backbone import AttentionMaps, Layer, TextContext, TextEncoding
+from ...kernels.prompts import Prompt
+from ...kernels.schedule import NoiseSchedule
+from .gradients import attention_with_backward, differentiable, load_for_gradients
+from .text import describe_clip, encode_text_loaded, token_vectors_loaded
+
+BLOCKS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@contextmanager
+def native_session(model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> Iterator[NativeBackbone]:
+    """Open MODEL, CLIP and VAE for training, inversion or guided sampling: yields a backbone that has gradients.
+
+    Use it for one piece of work and leave it: while it is open both networks stay on the device. Tensors from node
+    inputs may be inference tensors; clone what is to be multiplied with something that requires a gradient. Raises
+    ValueError, before anything is loaded, for models that cannot be used; see `model_family`, `describe_clip`,
+    `differentiable`.
+    """
+    family, kind = model_family(model), describe_clip(clip)
+    if family != kind.family or sum(kind.towers.values()) != context_width(model):
+        raise ValueError(
+            f"The CLIP ({kind.family}, width {sum(kind.towers.values())}) does not belong to the MODEL ({family}, "
+            f"width {context_width(model)}): connect both from the same checkpoint."
+        )
+    if vae.latent_channels != model.model.latent_format.latent_channels:
+        raise ValueError(
+            f"The VAE makes latents of {vae.latent_channels} channels, the MODEL needs "
+            f"{model.model.latent_format.latent_channels}: connect the VAE of the same checkpoint."
+        )
+    with differentiable(model, clip) as (whole_model, whole_clip):
+        yield NativeBackbone(whole_model, whole_clip, vae)
+
+
+def model_family(model: ModelPatcher) -> str:
+    """The family of a MODEL: "sd1", "sd2", "sdxl", or what its configuration class names in `atelier_family` ("toy").
+
+    Raises ValueError for other architectures, for inpainting models, and for sampling other than eps or v.
+    """
+    base, config = model.model, model.model.model_config
+    named = getattr(type(config), "atelier_family", None)
+    if named is not None:
+        family = named
+    elif isinstance(config, comfy.supported_models.SDXL) and isinstance(base, comfy.model_base.SDXL):
+        family = "sdxl"
+    elif isinstance(config, comfy.supported_models.SD20) and config.noise_aug_config is None:
+        family = "sd2"
+    elif isinstance(config, comfy.supported_models.SD15):
+        family = "sd1"
+    else:
+        raise ValueError(
+            f"The MODEL is a {type(config).__name__}; Concept Atelier works with SD1.x, SD2.x and SDXL: "
+            "load such a checkpoint."
+        )
+    if base.concat_keys:
+        raise ValueError("The MODEL is made for inpainting, with a mask beside its latents: load the plain checkpoint.")
+    sampling = model.get_model_object("model_sampling")
+    discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
+    if not (discrete and isinstance(sampling, comfy.model_sampling.EPS) and sampling.sigma_data == 1):
+        raise ValueError(
+            "The MODEL's sampling is neither eps- nor v-prediction on a table of timesteps (it may be EDM or flow): "
+            "remove the ModelSampling node before it, or load another checkpoint."
+        )
+    return family
+
+
+def context_width(model: ModelPatcher) -> int:
+    """d of the contexts that the cross-attention of a MODEL reads."""
+    return model.model.model_config.unet_config["context_dim"]
+
+
+def cross_attention_layers(model: ModelPatcher) -> tuple[Layer, ...]:
+    """The cross-attention layers of a MODEL in execution order (16 in SD1.x and SD2.x, 70 in SDXL)."""
+    names = [name for name, _ in model.model.diffusion_model.named_modules() if name.endswith(".attn2")]
+    return tuple(_layer_of_module(name) for name in names)
+
+
+def _layer_of_module(name: str) -> Layer:
+    """input_blocks.4.1.transformer_blocks.0.attn2 -> Layer("input", 4, 0)."""
+    parts = name.split(".")
+    block = BLOCKS[parts[0]]
+    number = 0 if block == "middle" else int(parts[1])
+    return Layer(block, number, int(parts[parts.index("transformer_blocks") + 1]))
+
+
+def layer_of_call(extra_options: Mapping[str, Any]) -> Layer:
+    """The layer in which an attention patch is being called, from what ComfyUI tells the patch."""
+    block, number = extra_options["block"]
+    return Layer(block, number, extra_options["block_index"])
+
+
+def with_patch(transformer_options: dict[str, Any], name: str, patch: Callable, first: bool = False) -> dict[str, Any]:
+    """A copy of transformer_options with one more patch of that name, behind the others or before them."""
+    patches = transformer_options.get("patches", {})
+    others = list(patches.get(name, []))
+    return {**transformer_options, "patches": {**patches, name: [patch, *others] if first else [*others, patch]}}
+
+
+class NativeBackbone:
+    """`kernels.backbone.Backbone` on ComfyUI's objects. Made by `native_session`, valid while that is open."""
+
+    def __init__(self, model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> None:
+        self.model, self.clip, self.vae = model, clip, vae
+        self.family = model_family(model)
+        self.towers = describe_clip(clip).towers
+        self.context_width = context_width(model)
+        self.layers = cross_attention_layers(model)
+        self.latent_channels = model.model.latent_format.latent_channels
+        self.latent_scale = vae.spacial_compression_encode()
+        self.device = model.load_device
+        self._sigmas = model.get_model_object("model_sampling").sigmas.clone().to(self.device)
+        self.schedule = NoiseSchedule(1 / (1 + self._sigmas.double() ** 2))
+        self._recorders: list[_AttentionRecorder] = []
+
+    def token_vectors(self, text: str) -> dict[str, Tensor]:
+        """See `Backbone.token_vectors`."""
+        return {tower: v.to(self.device) for tower, v in token_vectors_loaded(self.clip, text).items()}
+
+    def encode_text(self, prompt: Prompt, vectors: Mapping[str, Mapping[str, Tensor]]) -> TextEncoding:
+        """See `Backbone.encode_text`. Raises ValueError for vectors that do not fit the text towers."""
+        encoding = encode_text_loaded(self.clip, prompt, vectors)
+        pooled = encoding.pooled.to(self.device) if self.family == "sdxl" else None
+        return TextEncoding(encoding.hidden.to(self.device), pooled, encoding.positions)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """See `Backbone.encode_image`."""
+        latents = self._through_vae(self.vae.encode, images)
+        return self.model.model.process_latent_in(latents).to(self.device, torch.float32)
+
+    def decode_latent(self, latents: Tensor) -> Tensor:
+        """See `Backbone.decode_latent`."""
+        images = self._through_vae(self.vae.decode, self.model.model.process_latent_out(latents.detach()))
+        return images.to(self.device, torch.float32)
+
+    def _through_vae(self, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run the VAE as nodes do, in inference mode; loading it may have pushed the other networks out."""
+        with torch.inference_mode():
+            out = step(x)
+        load_for_gradients([self.model, self.clip.patcher])
+        return out.clone()
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, context: TextContext) -> Tensor:
+        """See `Backbone.predict_noise`."""
+        sigma = self._sigmas[t.to(self.device)]
+        s = sigma.view(-1, 1, 1, 1)
+        x = x_t * (1 + s**2).sqrt()
+        denoised = comfy.samplers.calc_cond_batch(
+            self.model.model, [[self._cond(x, context)]], x, sigma, self._model_options(context)
+        )[0]
+        for recorder in self._recorders:
+            recorder.check()
+        return (x - denoised) / s
+
+    def _cond(self, x: Tensor, context: TextContext) -> dict[str, Any]:
+        """What ComfyUI's samplers make of a CONDITIONING entry; SDXL's sizes are those of the picture itself."""
+        cond = {
+            "cross_attn": context.sources(0)[0],
+            "width": x.shape[3] * self.latent_scale,
+            "height": x.shape[2] * self.latent_scale,
+        }
+        if context.pooled is not None:
+            cond["pooled_output"] = context.pooled
+        model_conds = self.model.model.extra_conds(**cond, device=self.device, noise=x, prompt_type="positive")
+        return {**cond, "model_conds": model_conds, "uuid": uuid.uuid4()}
+
+    def _model_options(self, context: TextContext) -> dict[str, Any]:
+        """The MODEL's own options, and for this call our patches."""
+        model_options = comfy.model_patcher.create_model_options_clone(self.model.model_options)
+        options = model_options["transformer_options"]
+        for kind, others in (("wrappers", self.model.wrappers), ("callbacks", self.model.callbacks)):
+            options[kind] = comfy.patcher_extension.merge_nested_dicts(options.get(kind, {}), others)
+        if len({*context.key, *context.value}) > 1:
+            patch = self._context_patch(context)
+            options = with_patch(options, "attn2_patch", patch, first=True)  # others see the layer's own contexts
+        if torch.is_grad_enabled():
+            options["optimized_attention_override"] = attention_with_backward(options)
+        for recorder in self._recorders:
+            options = recorder.install(options)
+        return {**model_options, "transformer_options": options}
+
+    def _context_patch(self, context: TextContext) -> Callable:
+        """An attn2_patch that hands every layer its own contexts for K and V."""
+        rows = context.rows.to(self.device, self.model.model.get_dtype_inference()).unbind()
+        table = {layer: (rows[k], rows[v]) for layer, k, v in zip(self.layers, context.key, context.value)}
+
+        def patch(n: Tensor, _key: Tensor, _value: Tensor, extra_options: Mapping[str, Any]) -> tuple[Tensor, ...]:
+            return n, *table[layer_of_call(extra_options)]
+
+        return patch
+
+    @contextmanager
+    def attention(self, layers: Sequence[Layer], tokens: Sequence[int]) -> Iterator[AttentionMaps]:
+        """See `Backbone.attention`. predict_noise raises ValueError where another node replaced a layer's attention."""
+        recorder = _AttentionRecorder(layers, tokens)
+        self._recorders.append(recorder)
+        try:
+            yield recorder.recorded
+        finally:
+            self._recorders.remove(recorder)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """See `Backbone.linears`. Names are those of the diffusion_model's modules."""
+        return {
+            name: module
+            for name, module in self.model.model.diffusion_model.named_modules()
+            if name.endswith(tuple(f".{attention}.{p}" for attention in ("attn1", "attn2") for p in PROJECTIONS))
+        }
+
+
+class _AttentionRecorder:
+    """Reads attention from q and k on the side of the attention function, whose result it leaves alone."""
+
+    def __init__(self, layers: Sequence[Layer], tokens: Sequence[int]) -> None:
+        self.layers, self.tokens = frozenset(layers), list(tokens)
+        self.recorded = AttentionMaps({layer: [] for layer in layers})
+        self._inside: Layer | None = None
+        self._missing: set[Layer] = set()
+
+    def install(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A copy of transformer_options that makes the next forward pass record.
+
+        The attention function serves self-attention too and does not know its layer: attn2_patch announces the layer,
+        attn2_output_patch withdraws it.
+        """
+        self._inside, self._missing = None, set(self.layers)
+        previous = options.get("optimized_attention_override")
+
+        def enter(n: Tensor, key: Tensor, value: Tensor, extra_options: Mapping[str, Any]) -> tuple[Tensor, ...]:
+            self._inside = layer_of_call(extra_options)
+            return n, key, value
+
+        def leave(n: Tensor, _extra_options: Mapping[str, Any]) -> Tensor:
+            self._inside = None
+            return n
+
+        def attend(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+            if self._inside in self._missing:
+                self._record(self._inside, q, k, heads)
+            if previous is None:
+                return func(q, k, v, heads, *args, **kwargs)
+            return previous(func, q, k, v, heads, *args, **kwargs)
+
+        options = with_patch(options, "attn2_patch", enter)
+        options = with_patch(options, "attn2_output_patch", leave, first=True)
+        return {**options, "optimized_attention_override": attend}
+
+    def _record(self, layer: Layer, q: Tensor, k: Tensor, heads: int) -> None:
+        self._missing.discard(layer)
+        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in (q, k))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        self.recorded.maps[layer].append(scores.softmax(dim=-1)[..., self.tokens])
+
+    def check(self) -> None:
+        """Raise ValueError when a layer that was asked for did not compute attention."""
+        if self._missing:
+            raise ValueError(
+                f"Another node replaces the cross-attention of {len(self._missing)} layers of this MODEL, so their "
+                "attention cannot be read: connect the MODEL as it comes before that node."
+            )

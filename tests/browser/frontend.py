@@ -1,0 +1,98 @@
+"""ComfyUI's real frontend in a headless chromium, as an artist would use it."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import ConsoleMessage, Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+READY = "() => window.app?.graph && window.app.extensionManager && window.LiteGraph?.registered_node_types?.KSampler"
+
+
+class Frontend:
+    """One page of the frontend of the ComfyUI at `url`. `errors`: what the console reported as errors, in order."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page, self.url, self.errors = page, url, []
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(url)
+        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_timeout(1500)  # the template dialog of a first start opens by itself
+        page.keyboard.press("Escape")
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            place = message.location.get("url", "").removeprefix(self.url)
+            self.errors.append(f"{message.text} [{place}]".replace(self.url, ""))
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        """Open a workflow in UI form."""
+        self.page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
+
+    def prompt(self) -> dict[str, Any]:
+        """The API form of what is open, without titles."""
+        nodes = self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+        return {i: {key: node[key] for key in ("class_type", "inputs")} for i, node in nodes.items()}
+
+    def node_types(self) -> list[str]:
+        """The types of the nodes of the graph that is open."""
+        return self.page.evaluate("() => window.app.graph.nodes.map(node => node.type)")
+
+    def unknown_types(self) -> list[str]:
+        """Those of them that the frontend has no definition of: they are drawn red."""
+        known = set(self.page.evaluate("() => Object.keys(window.LiteGraph.registered_node_types)"))
+        return [node_type for node_type in self.node_types() if node_type not in known]
+
+    def listen(self) -> None:
+        """Start noting the events of the server, for `events`."""
+        self.page.evaluate(
+            """() => {
+                window.heard = [];
+                for (const kind of ['execution_success', 'execution_error', 'execution_interrupted', 'progress',
+                                    'b_preview_with_metadata', 'concept-atelier.train'])
+                    window.app.api.addEventListener(kind, (event) => window.heard.push({
+                        kind,
+                        node: event.detail?.node ?? event.detail?.nodeId ?? null,
+                        text: event.detail?.exception_message ?? '',
+                    }));
+            }"""
+        )
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind since `listen`."""
+        return self.page.evaluate("kind => window.heard.filter(event => event.kind === kind)", kind)
+
+    def queue(self) -> None:
+        """Press Run."""
+        self.page.evaluate("() => window.app.queuePrompt(0)")
+
+    def wait_for_end(self, seconds: float) -> str:
+        """Wait until the prompt ended; returns "success", "interrupted" or the sentence of the error."""
+        ended = "window.heard.find(event => event.kind.startsWith('execution_'))"
+        self.page.wait_for_function(f"() => {ended}", timeout=1000 * seconds)
+        end = self.page.evaluate(f"() => {ended}")
+        return end["text"] if end["kind"] == "execution_error" else end["kind"].removeprefix("execution_")
+
+    def screenshot(self, path: str) -> None:
+        """Save what is seen, the whole graph in view."""
+        self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(800)
+        self.page.screenshot(path=path)
+
+
+@contextmanager
+def frontend(url: str):
+    """A Frontend in a browser of its own."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1800, "height": 1000})
+        yield Frontend(page, url)
+        browser.close()
