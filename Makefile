@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-CHROMIUM := $(shell for name in chromium chromium-browser google-chrome; do command -v $$name; done)
+CHROMIUM := $(shell for name in chromium chromium-browser google-chrome; do command -v $$name || true; done)
 
 # $COMFYUI_PATH, when set, is the only place looked at; else the folders around this one, then ~/comfy/ComfyUI.
 COMFYUI := $(shell for place in $${COMFYUI_PATH:-.. ../.. $$HOME/comfy/ComfyUI}; do \

@@ -18,6 +18,10 @@ from .prompts import Prompt
 from .schedule import NoiseSchedule
 
 
+# Gradients of a mean over a latent's 16384 elements start near 1e-8, below what fp16 can hold.
+HALF_PRECISION_SCALE = 1024.0
+
+
 class Layer(NamedTuple):
     """The name of one cross-attention layer (attn2), the same for every implementation of an architecture.
 

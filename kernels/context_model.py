@@ -42,10 +42,9 @@ class ContextSettings:
     cfg: float = 7.5
     seed: int = 0
 
-    @property
-    def total_steps(self) -> int:
-        """Steps reported for one exemplar."""
-        return self.steps + self.sampling_steps
+    def total_steps(self, pictures: int) -> int:
+        """Steps reported for one exemplar and that many pictures."""
+        return self.steps + pictures * self.sampling_steps
 
 
 def fill_with_action(caption: str, action: str) -> str:
@@ -70,7 +69,7 @@ def learn_context(
     Raises ValueError when the loss or a gradient is not finite.
     """
     x_0 = backbone.encode_image(exemplar.image[None].to(backbone.device))
-    context = _plain_context(backbone, [fill_with_action(exemplar.caption, "")])
+    context = _plain_context(backbone, fill_with_action(exemplar.caption, ""))
     low_rank = LowRank(backbone.linears(), settings.rank, settings.seed, backbone.device)
     optimizer = torch.optim.AdamW(low_rank.parameters(), lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -103,29 +102,30 @@ def paint_other_actions(
 ) -> tuple[Tensor, ...]:
     """Pictures (H, W, 3) of the exemplar's context, one for each of `actions`: learn the context, then sample.
 
-    on_step: called with the number of finished steps out of settings.total_steps, may raise to cancel; the model is
-    left as it was then, too.
+    on_step: called with the number of finished steps out of settings.total_steps(len(actions)), may raise to cancel;
+    the model is left as it was then, too.
     """
     low_rank = learn_context(backbone, exemplar, settings, on_step)
     height, width = exemplar.image.shape[:2]
-    noise = seeded_noise(backbone, [settings.seed + i for i in range(len(actions))], height, width)
-    context = _plain_context(backbone, [fill_with_action(exemplar.caption, action) for action in actions])
-    nothing = _plain_context(backbone, [""] * len(actions))
+    nothing = _plain_context(backbone, "")
+    pictures = []
     with low_rank.applied():
-        latents = ddim_sample(
-            backbone,
-            StagedContext((0,), (context,), {}),
-            nothing,
-            noise,
-            settings.sampling_steps,
-            settings.cfg,
-            lambda step: on_step(settings.steps + step),
-        )
-    return tuple(backbone.decode_latent(latents).cpu())
+        for number, action in enumerate(actions):
+            latents = ddim_sample(
+                backbone,
+                StagedContext((0,), (_plain_context(backbone, fill_with_action(exemplar.caption, action)),), {}),
+                nothing,
+                seeded_noise(backbone, [settings.seed + number], height, width),
+                settings.sampling_steps,
+                settings.cfg,
+                lambda step, done=settings.total_steps(number): on_step(done + step),
+            )
+            pictures.append(backbone.decode_latent(latents)[0].cpu())
+    return tuple(pictures)
 
 
 @torch.no_grad()
-def _plain_context(backbone: Backbone, texts: Sequence[str]) -> TextContext:
-    """Stock contexts of plain texts, as one batch."""
-    encodings = [backbone.encode_text(Prompt((text,) if text else ()), {}) for text in texts]
-    return TextContext.cat([TextContext.plain(e.hidden, backbone.layers, e.pooled) for e in encodings])
+def _plain_context(backbone: Backbone, text: str) -> TextContext:
+    """The stock context of a plain text, for a batch of one."""
+    encoding = backbone.encode_text(Prompt((text,) if text else ()), {})
+    return TextContext.plain(encoding.hidden, backbone.layers, encoding.pooled)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from .backbone import AttentionMaps, Layer, TextContext, TextEncoding
+from .backbone import HALF_PRECISION_SCALE, AttentionMaps, Layer, TextContext, TextEncoding
 from .clip_text import Tower, learned_rows, pieces, tokenise
 from .diffusers_attention import LayerAttention, Recording, ldm_name, transformer_blocks
 from .prompts import Prompt
@@ -82,6 +82,7 @@ class DiffusersBackbone:
         self.autoencoder = autoencoder
         self.prediction_type = prediction_type
         self.schedule = NoiseSchedule(alphas_cumprod)
+        self.gradient_scale = HALF_PRECISION_SCALE if unet.dtype == torch.float16 else 1.0
         self.towers = {tower.name: tower.encoder.config.hidden_size for tower in self.text_towers}
         self.context_width = sum(self.towers.values())
         self.latent_channels = unet.config.out_channels

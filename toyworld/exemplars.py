@@ -29,11 +29,7 @@ def exemplar_scenes(action: str, count: int = 10, seed: int = 0) -> list[Scene]:
 def other_action_scenes(scene: Scene, count: int, seed: int) -> list[Scene]:
     """The scene's subject, colour, background and object, each time doing another action that the model knows."""
     rng = random.Random(seed)
-    known = [
-        action
-        for action in ACTIONS
-        if action != scene.action and (scene.subject, action) not in HELD_OUT_PAIRS
-    ]
+    known = [action for action in ACTIONS if action != scene.action and (scene.subject, action) not in HELD_OUT_PAIRS]
     actions = rng.sample(known, len(known))
     scenes = []
     for index in range(count):

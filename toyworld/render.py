@@ -40,9 +40,7 @@ def _shadow(sheet: Sheet, picture: Image.Image, scene: Scene) -> None:
     x, y = scene.x * SUPERSAMPLING, scene.ground * SUPERSAMPLING
     ground = picture.getpixel((int(x), min(int(y) + 2 * SUPERSAMPLING, _CANVAS[1] - 1)))
     half_width, half_height = 11 * SUPERSAMPLING, 1.7 * SUPERSAMPLING
-    sheet.draw.ellipse(
-        [x - half_width, y - half_height, x + half_width, y + half_height], fill=shade(ground, 0.74)
-    )
+    sheet.draw.ellipse([x - half_width, y - half_height, x + half_width, y + half_height], fill=shade(ground, 0.74))
 
 
 def picture_grid(pictures: list[np.ndarray], columns: int, zoom: int = 2) -> Image.Image:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import distributed
-from torch.nn import functional as F
 
 from .autoencoder import PATCH, PatchAutoencoder
 from .dataset import RUNS, encode_all, held_out_scenes, patch_weights, training_pictures
@@ -78,6 +77,34 @@ def prepare_training_set() -> TrainingSet:
     return TrainingSet(**parts)
 
 
+@torch.no_grad()
+def start_as_copy(unet: UNet2DConditionModel) -> None:
+    """Let the untrained network answer with its input, which at high noise is the right answer.
+
+    From random weights, copying many latent channels through a narrow network takes most of the training. The
+    first convolution writes each latent channel and its negative side by side, so that they share a group of the
+    last normalisation; the outermost skip connection carries them there; and silu(x) - silu(-x) = x.
+    """
+    channels = unet.config.in_channels
+    last = unet.up_blocks[-1].resnets[-1]
+    carried = unet.conv_in.out_channels
+    index = torch.arange(channels)
+    unet.conv_in.weight[: 2 * channels] = 0
+    unet.conv_in.weight[2 * index, index, 1, 1] = 1
+    unet.conv_in.weight[2 * index + 1, index, 1, 1] = -1
+    unet.conv_in.bias[: 2 * channels] = 0
+    both = torch.arange(2 * channels)
+    last.conv_shortcut.weight[: 2 * channels] = 0
+    # The skip comes after the features from below in the concatenation.
+    last.conv_shortcut.weight[both, last.conv_shortcut.in_channels - carried + both] = 1
+    last.conv_shortcut.bias[: 2 * channels] = 0
+    for layer in (last.conv2, unet.up_blocks[-1].attentions[-1].proj_out, unet.conv_out):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    unet.conv_out.weight[index, 2 * index, 1, 1] = 1
+    unet.conv_out.weight[index, 2 * index + 1, 1, 1] = -1
+
+
 class ModelTraining:
     """The trained parts with their optimizer, moving average and clock; all of it is in the checkpoint."""
 
@@ -86,6 +113,7 @@ class ModelTraining:
         self.device = device
         self.tokenizer = load_tokenizer(WEIGHTS / TOKENIZER_FOLDER)
         self.unet = build_unet().to(device, memory_format=torch.channels_last)
+        start_as_copy(self.unet)
         self.text_encoder = build_text_encoder(self.tokenizer).to(device)
         # A larger start than transformers' lets the words tell the pictures apart sooner.
         for module in self.text_encoder.modules():

@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...kernels.heatmaps import resize
 from .backbone import with_patch
 from .payload import WORDS, Conditioning
 
@@ -66,10 +67,12 @@ class AttentionRecorder:
     over the tokens of the words.
     """
 
-    def __init__(self, words: Collection[str]) -> None:
-        self.words = set(words)
-        self.sums: dict[Place, Tensor] = {}  # (B, h, w) each
+    def __init__(self, words: Collection[str], blocks: Collection[str], levels: Collection[int]) -> None:
+        """blocks, levels: the layers to watch, as in `Place`."""
+        self.words, self.blocks, self.levels = set(words), blocks, levels
+        self.sums: dict[Place, Tensor] = {}  # (B, h, w), the sum of all layers there
         self.counts: Counter[Place] = Counter()
+        self.left_out: set[Place] = set()
 
     def watch(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of MODEL that is recorded when it is sampled."""
@@ -89,24 +92,39 @@ class AttentionRecorder:
             if positions and "area" in cond:
                 raise ValueError(AREA)
             call.prompts[cond["uuid"]] = (positions, cond["model_conds"]["c_crossattn"].cond.shape[1])
-        return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": call.install(options)})
+        out = executor(model, conds, x_in, timestep, {**model_options, "transformer_options": call.install(options)})
+        if self.left_out and not self.sums:
+            has = sorted({f"{place.block} 1/{2**place.level}" for place in self.left_out})
+            raise ValueError(f"This MODEL has no cross-attention in the layers asked for, only in {', '.join(has)}.")
+        return out
+
+    def wants(self, place: Place) -> bool:
+        """Whether the layers at `place` are to be watched."""
+        if place.block in self.blocks and place.level in self.levels:
+            return True
+        self.left_out.add(place)
+        return False
 
     def add(self, place: Place, maps: Tensor) -> None:
         """Take in one layer's maps (B, h, w)."""
         self.sums[place] = self.sums.get(place, 0) + maps
         self.counts[place] += 1
 
-    def maps(self, blocks: Collection[str], levels: Collection[int], steps: range) -> list[list[Tensor]]:
-        """For each step that was recorded, the mean maps (B, h, w) of each level, over all layers of `blocks`."""
-        by_step = []
-        for step in sorted({place.step for place in self.sums} & set(steps)):
-            by_level = []
-            for level in levels:
-                places = [p for p in self.sums if p.step == step and p.level == level and p.block in blocks]
-                if places:
-                    by_level.append(sum(self.sums[p] for p in places) / sum(self.counts[p] for p in places))
-            by_step.append(by_level)
-        return by_step
+    def maps(self, steps: Collection[int], height: int, width: int) -> Tensor:
+        """(S, B, height, width): for each of `steps` that was recorded, the mean of the places in it.
+
+        Raises ValueError when none of the steps was recorded.
+        """
+        by_step = {
+            step: [resize(self.sums[p] / self.counts[p], height, width) for p in self.sums if p.step == step]
+            for step in sorted({p.step for p in self.sums} & set(steps))
+        }
+        if not by_step:
+            raise ValueError(
+                f"No attention to {', '.join(sorted(self.words))} was seen in steps {min(steps)} to {max(steps)}: show "
+                "other steps. (A node such as IPAdapter may also have replaced the MODEL's attention.)"
+            )
+        return torch.stack([torch.stack(maps).mean(0) for maps in by_step.values()])
 
 
 class CallRecorder:
@@ -148,16 +166,16 @@ class CallRecorder:
     def record(self, extra: dict, q: Tensor, k: Tensor, heads: int, split: bool) -> None:
         """Maps of the positive chunks. q, k: (B, tokens, heads * d), or (B, heads, tokens, d) when `split`."""
         chunks = len(extra["uuids"])
-        block, level = extra["block"][0], level_of(q.shape[-2], *extra["original_shape"][-2:])
-        height, width = level_shape(level, *extra["original_shape"][-2:])
+        size = extra["original_shape"][-2:]
+        place = Place(self.step, extra["block"][0], level_of(q.shape[-2], *size))
         for uuid, side, q_chunk, k_chunk in zip(
             extra["uuids"], extra["cond_or_uncond"], q.chunk(chunks), k.chunk(chunks)
         ):
             # ComfyUI may copy a positive's uuid onto a negative, so the side counts too: 0 is positive.
             positions, length = self.prompts.get(uuid, ((), 0)) if side == 0 else ((), 0)
-            if positions:
+            if positions and self.recorder.wants(place):
                 maps = word_attention(q_chunk, k_chunk, heads, split, positions, length)
-                self.recorder.add(Place(self.step, block, level), maps.unflatten(-1, (height, width)))
+                self.recorder.add(place, maps.unflatten(-1, level_shape(place.level, *size)))
 
 
 def word_attention(q: Tensor, k: Tensor, heads: int, split: bool, positions: Sequence[int], length: int) -> Tensor:

@@ -23,8 +23,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...kernels.backbone import AttentionMaps, Layer, TextContext, TextEncoding
+from ...kernels.backbone import HALF_PRECISION_SCALE, AttentionMaps, Layer, TextContext, TextEncoding
 from ...kernels.prompts import Prompt
+from ...kernels.run_state import weights_fingerprint
 from ...kernels.schedule import NoiseSchedule
 from .gradients import attention_with_backward, differentiable, load_for_gradients
 from .text import describe_clip, encode_text_loaded, token_vectors_loaded
@@ -135,6 +136,7 @@ class NativeBackbone:
         self.device = model.load_device
         self._sigmas = model.get_model_object("model_sampling").sigmas.clone().to(self.device)
         self.schedule = NoiseSchedule(1 / (1 + self._sigmas.double() ** 2))
+        self.gradient_scale = HALF_PRECISION_SCALE if model.model.get_dtype_inference() == torch.float16 else 1.0
         self._recorders: list[_AttentionRecorder] = []
 
     def token_vectors(self, text: str) -> dict[str, Tensor]:
@@ -222,6 +224,11 @@ class NativeBackbone:
             yield recorder.recorded
         finally:
             self._recorders.remove(recorder)
+
+    def fingerprint(self) -> str:
+        """See `Backbone.fingerprint`."""
+        text_encoders, autoencoder = self.clip.cond_stage_model, self.vae.first_stage_model
+        return weights_fingerprint(self.model.model.diffusion_model, text_encoders, autoencoder)
 
     def linears(self) -> dict[str, nn.Linear]:
         """See `Backbone.linears`. Names are those of the diffusion_model's modules."""

@@ -14,9 +14,10 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .pictures import to_pil
 
 EVENT = "concept-atelier.train"
 STOP_ROUTE = "/concept-atelier/stop"
@@ -142,8 +143,7 @@ class LiveReport:
 
     def samples(self, image_grid: Tensor) -> None:
         """Show these pictures under the curve from the next step on. image_grid: (H, W, 3) in 0..1."""
-        pixels = (image_grid.detach().float().clamp(0, 1) * 255).round().to("cpu").numpy().astype(np.uint8)
-        grid = Image.fromarray(pixels)
+        grid = to_pil(image_grid)
         self._grid = grid.resize((PREVIEW_WIDTH, max(1, round(PREVIEW_WIDTH * grid.height / grid.width))))
         self._next_preview = 0.0
 
@@ -158,7 +158,7 @@ class LiveReport:
         final = step >= self.total
         preview = None
         if final or now >= self._next_preview:
-            preview = ("JPEG", self._picture(loss_history), 2 * PREVIEW_WIDTH)
+            preview = ("JPEG", self.picture(loss_history), 2 * PREVIEW_WIDTH)
             self._next_preview = now + PREVIEW_SECONDS
         self._bar.update_absolute(step, self.total, preview)
         server = prompt_server()
@@ -166,7 +166,8 @@ class LiveReport:
             server.send_sync(EVENT, self._event(step, now, loss_history, stats))
             self._next_event = now + EVENT_SECONDS
 
-    def _picture(self, losses: Sequence[float]) -> Image.Image:
+    def picture(self, losses: Sequence[float]) -> Image.Image:
+        """The loss curve, and under it the newest samples."""
         curve = loss_curve(losses)
         if self._grid is None:
             return curve

@@ -93,8 +93,8 @@ def route_concepts(model: ModelPatcher) -> ModelPatcher:
     """
     if not isinstance(model.model.diffusion_model, UNetModel):
         raise ValueError(
-            f"The MODEL ({type(model.model).__name__}) is no U-Net, and concepts are for the U-Nets of SD1.x, SD2.x and "
-            "SDXL: load such a checkpoint."
+            f"The MODEL ({type(model.model).__name__}) is no U-Net with cross-attention: concepts work with SD1.x, "
+            "SD2.x and SDXL, load such a checkpoint."
         )
     reader = ConceptReader(cross_attention_layers(model), context_width(model))
     routed = model.clone()
@@ -203,4 +203,3 @@ class ContextPatch:
             keys.append(key)
             values.append(val)
         return n, torch.cat(keys), torch.cat(values)
-

@@ -44,6 +44,11 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy())
 
 
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An IMAGE (1, H, W, 3) of an RGB PIL picture."""
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]
+
+
 def contact_sheet(rows: Sequence[Sequence[Sequence[Tensor]]], headers: Sequence[str]) -> Tensor:
     """Rows of pictures in labelled groups, as one IMAGE (1, h, w, 3).
 
@@ -68,4 +73,4 @@ def contact_sheet(rows: Sequence[Sequence[Sequence[Tensor]]], headers: Sequence[
                 kind = Image.Resampling.NEAREST if height < SHEET_CELL else Image.Resampling.LANCZOS
                 sheet.paste(to_pil(picture).resize(cell, kind), place)
         left += columns[group] * step[0] + 2 * SHEET_GAP
-    return torch.from_numpy(np.asarray(sheet, np.float32) / 255)[None]
+    return to_tensor(sheet)

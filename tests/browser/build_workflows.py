@@ -1,0 +1,186 @@
+"""Writes workflows/*.json and workflows/api/*.json by building them in the real frontend: `make workflows`.
+
+With --thumbnails it writes workflows/*.jpg instead: what adi_toy paints on a real server, and a view of adi_sd. Needs
+ComfyUI and chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(PACK / "tests"), str(PACK / "tests" / "server"), str(PACK / "tests" / "browser")]
+
+from comfy_server import PACK_NAME, ComfyServer  # noqa: E402
+from conftest import COMFYUI  # noqa: E402
+from frontend import Frontend, frontend  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from workflow_sources import WORKFLOWS, Workflow  # noqa: E402
+
+FOLDER = PACK / "workflows"
+GAP = 30
+TITLE = 36  # of a node, above its position
+FRAME = 50  # of a group, its own title included
+
+MAKE_NODES = """(specs) => {
+    const graph = window.app.graph;
+    graph.clear();
+    const made = specs.map((spec) => {
+        const node = window.LiteGraph.createNode(spec.type);
+        if (!node) throw new Error(`No node type ${spec.type}`);
+        graph.add(node);
+        if (spec.title) node.title = spec.title;
+        Object.assign(node.properties, spec.properties);
+        for (const [name, value] of Object.entries(spec.widgets)) {
+            const widget = node.widgets.find((widget) => widget.name === name) ?? (name === '' && node.widgets[0]);
+            if (!widget) throw new Error(`${spec.type} has no widget ${name}`);
+            widget.value = value;
+            widget.callback?.(value);
+        }
+        return node;
+    });
+    specs.forEach((spec, index) => {
+        for (const [name, [source, output]] of Object.entries(spec.links)) {
+            const from = made[source].findOutputSlot(output);
+            const to = made[index].findInputSlot(name);
+            if (from < 0) throw new Error(`${specs[source].type} has no output ${output}`);
+            if (to < 0) throw new Error(`${spec.type} has no input ${name}: ${made[index].inputs.map((i) => i.name)}`);
+            made[source].connect(from, made[index], to);
+        }
+    });
+    return made.map((node, index) => {
+        const [width, height] = node.computeSize();
+        node.setSize(specs[index].size ?? [Math.max(300, width), height]);
+        return [node.size[0], node.size[1]];
+    });
+}"""
+PLACE = """([positions, groups]) => {
+    const graph = window.app.graph;
+    graph.nodes.forEach((node, index) => { node.pos = positions[index]; });
+    for (const { title, color, bounding } of groups) {
+        const group = new window.LiteGraph.LGraphGroup(title);
+        group.color = color;
+        [group.pos, group.size] = [bounding.slice(0, 2), bounding.slice(2)];
+        graph.add(group);
+    }
+    return graph.serialize();
+}"""
+
+
+def place(workflow: Workflow, sizes: list[list[float]]) -> tuple[list[list[float]], list[dict[str, Any]]]:
+    """Positions of the nodes and frames of the groups: groups and columns from left to right, nodes downwards."""
+    positions, groups, left = [[0.0, 0.0] for _ in sizes], [], 0.0
+    for group in workflow.groups:
+        x, bottom = left + GAP, 0.0
+        for column in filter(None, group["columns"]):
+            y = FRAME + TITLE
+            for index in column:
+                positions[index] = [x, y]
+                y += sizes[index][1] + TITLE + GAP
+            x += max(sizes[index][0] for index in column) + GAP
+            bottom = max(bottom, y - TITLE)
+        frame = {"title": group["title"], "color": group["color"], "bounding": [left, 0, x - left, bottom]}
+        groups.append(frame)
+        left = x + 2 * GAP
+    return positions, groups
+
+
+def build(page: Frontend, workflow: Workflow) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The UI form and the API form of a workflow."""
+    for spec in workflow.nodes:
+        if spec["type"].startswith("Atelier"):
+            spec["properties"] |= {"cnr_id": PACK_NAME, "ver": version(PACK_NAME)}
+    sizes = page.page.evaluate(MAKE_NODES, workflow.nodes)
+    saved = page.page.evaluate(PLACE, place(workflow, sizes))
+    saved["extra"] = {}  # the view of this browser, and its version
+    saved.pop("id", None)  # random
+    return saved, page.prompt()
+
+
+@contextmanager
+def running() -> Iterator[ComfyServer]:
+    """A server with our pack alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = ComfyServer(COMFYUI, Path(folder), {PACK_NAME: PACK})
+        with server:
+            yield server
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_workflows() -> None:
+    """Write all UI forms and API forms."""
+    with running() as server, frontend(server.url) as page:
+        for name, source in WORKFLOWS.items():
+            saved, prompt = build(page, source())
+            write(FOLDER / f"{name}.json", saved)
+            write(FOLDER / "api" / f"{name}.json", prompt)
+
+
+def pictures_of(server: ComfyServer, images: list[dict[str, str]]) -> list[Image.Image]:
+    """The pictures that an output node listed."""
+    return [
+        Image.open(server.folder / image["type"] / image["subfolder"] / image["filename"]).convert("RGB")
+        for image in images
+    ]
+
+
+def collage(rows: dict[str, list[Image.Image]], columns: int = 6, cell: int = 112) -> Image.Image:
+    """Rows of small pictures, each under its title."""
+    header = 22
+    sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + header)), (24, 26, 28))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for row, (title, pictures) in enumerate(rows.items()):
+        top = row * (cell + header)
+        draw.text((6, top + 3), title, font=font, fill=(220, 224, 228))
+        for column, picture in enumerate(pictures[:columns]):
+            small = picture.resize((cell - 4, cell - 4), Image.Resampling.NEAREST)
+            sheet.paste(small, (column * cell + 2, top + header))
+    return sheet
+
+
+def write_thumbnails() -> None:
+    """Run adi_toy and show what it painted; show the graph of adi_sd, whose weights cannot be bundled."""
+    titles = {node.get("title"): str(node["id"]) for node in read("adi_toy.json")["nodes"]}
+    with running() as server:
+        outcome = server.run(read("api/adi_toy.json"), timeout=3600)
+        if outcome.status != "success":
+            raise RuntimeError(f"{outcome.status}: {outcome.error}")
+        shown = {
+            "An action it does not know": "Pictures of the action",
+            "a panda <adi>: learned with ADI": "ADI",
+            "a panda <ti>: plain Textual Inversion": "Textual Inversion",
+        }
+        rows = {t: pictures_of(server, outcome.outputs[titles[node]]["images"]) for t, node in shown.items()}
+        collage(rows).save(FOLDER / "adi_toy.jpg", quality=88)
+        with frontend(server.url) as page:
+            page.load(read("adi_sd.json"))
+            page.page.keyboard.press("Escape")  # the dialog about the missing checkpoint
+            picture = server.folder / "graph.png"
+            page.screenshot(str(picture))
+            graph = Image.open(picture).convert("RGB").crop((60, 90, 1740, 1000))
+            graph.resize((840, 455), Image.Resampling.LANCZOS).save(FOLDER / "adi_sd.jpg", quality=88)
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--thumbnails", action="store_true", help="write workflows/*.jpg from the saved workflows")
+    if arguments.parse_args().thumbnails:
+        write_thumbnails()
+    else:
+        write_workflows()

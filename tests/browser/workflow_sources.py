@@ -1,0 +1,325 @@
+"""What the shipped workflows consist of; build_workflows.py has the real frontend lay them out and save them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+SD_CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+SD_CHECKPOINT_SOURCE = {
+    "name": SD_CHECKPOINT,
+    "url": f"https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{SD_CHECKPOINT}",
+    "directory": "checkpoints",
+}
+PICTURE_FOLDER = "my_action"
+SD_OTHER_ACTIONS = "stands\nsits\nwalks\nlies down\njumps\nwaves"
+SD_NEGATIVE = "blurry, deformed, extra limbs"
+
+
+class Link(NamedTuple):
+    """An output of a node, to be connected to an input."""
+
+    node: int
+    output: str
+
+
+@dataclass
+class Node:
+    """One node of a workflow: its place in the list, and what the frontend needs to make it."""
+
+    index: int
+    spec: dict[str, Any]
+
+    def __getitem__(self, output: str) -> Link:
+        return Link(self.index, output)
+
+
+@dataclass
+class Workflow:
+    """Groups of columns of nodes, in the order in which they are added."""
+
+    nodes: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def group(self, title: str, color: str) -> Iterator[None]:
+        """The nodes added inside lie in one frame."""
+        self.groups.append({"title": title, "color": color, "columns": [[]]})
+        yield
+
+    def column(self) -> None:
+        """Go on one column further right."""
+        self.groups[-1]["columns"].append([])
+
+    def node(
+        self,
+        type: str,
+        title: str = "",
+        size: tuple[int, int] | None = None,
+        properties: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Node:
+        """Add a node under the last one. inputs: by name, a Link or the value of a widget."""
+        inputs = {name.replace("__", "."): value for name, value in inputs.items()}
+        links = {name: value for name, value in inputs.items() if isinstance(value, Link)}
+        widgets = {name: value for name, value in inputs.items() if not isinstance(value, Link)}
+        node = Node(len(self.nodes), {"type": type, "title": title, "size": size, "properties": properties or {}})
+        node.spec |= {"links": links, "widgets": widgets}
+        self.nodes.append(node.spec)
+        self.groups[-1]["columns"][-1].append(node.index)
+        return node
+
+    def note(self, text: str, height: int) -> None:
+        """Add a note in Markdown."""
+        self.nodes.append(
+            {
+                "type": "MarkdownNote",
+                "title": "What to change",
+                "size": (340, height),
+                "properties": {},
+                "links": {},
+                "widgets": {"": text},
+            }
+        )
+        self.groups[-1]["columns"][-1].append(len(self.nodes) - 1)
+
+
+PICTURES, LEARN, PAINT, LOOK = "#3f789e", "#b58b2a", "#3f8f5f", "#8a5f9e"
+
+
+def adi_toy() -> Workflow:
+    """A held-out action of the toy world, learned with ADI and with plain Textual Inversion."""
+    w = Workflow()
+    with w.group("1  Ten pictures of an action the model does not know", PICTURES):
+        w.note(
+            "**Press Run.** Everything here is bundled: a toy model that paints little figures, and pictures of an "
+            "action it has never seen.\n\n- *action*: another held-out action.\n- *count*: fewer pictures.\n\nThe "
+            "blank `{}` in each caption is where the learned word goes.",
+            230,
+        )
+        toy = w.node("AtelierToyCheckpoint")
+        pictures = w.node("AtelierToyPictures", count=10, other_actions=4)
+        w.node("PreviewImage", "Pictures of the action", size=(420, 320), images=pictures["images"])
+        w.column()
+        exemplars = w.node(
+            "AtelierExemplars",
+            size=(340, 260),
+            images=pictures["images"],
+            captions=pictures["captions"],
+            masks=pictures["masks"],
+        )
+        triples = w.node(
+            "AtelierTriples", exemplars=exemplars["exemplars"], other_action_pictures=pictures["other_action_images"]
+        )
+        w.node("PreviewImage", "Contact sheet of the triples", size=(420, 420), images=triples["contact_sheet"])
+    with w.group("2  Learn one word for the action, in two ways", LEARN):
+        w.note(
+            "**ADI** (above) learns a word for each part of the network, and lets only those channels learn that "
+            "speak of the action.\n\n**Textual Inversion** (below) learns a single word from everything it sees.\n\n- "
+            "*steps*: raise it and press Run again; training goes on where it stopped.\n- *beta*: how much is masked.",
+            250,
+        )
+        fine = w.node("AtelierTokenLayout", "Token Layout (ADI)", granularity="per block")
+        mask = w.node("AtelierGradientMask")
+        adi = w.node(
+            "AtelierTrain",
+            "Train with ADI",
+            model=toy["MODEL"],
+            clip=toy["CLIP"],
+            vae=toy["VAE"],
+            exemplars=triples["exemplars"],
+            layout=fine["layout"],
+            gradient_rule=mask["gradient_rule"],
+            name="adi",
+            **TOY_TRAINING,
+        )
+        w.column()
+        single = w.node("AtelierTokenLayout", "Token Layout (Textual Inversion)", granularity="one token")
+        plain = w.node(
+            "AtelierTrain",
+            "Train with plain Textual Inversion",
+            model=toy["MODEL"],
+            clip=toy["CLIP"],
+            vae=toy["VAE"],
+            exemplars=triples["exemplars"],
+            layout=single["layout"],
+            name="ti",
+            **TOY_TRAINING,
+        )
+        w.node("AtelierSaveConcept", concept=adi["concept"], file_name="toy/adi", overwrite=True)
+    with w.group("3  Paint others doing it", PAINT):
+        w.note(
+            "Write any prompt in the toy's words, with `<adi>` or `<ti>` for the action: a *panda*, *cat*, *frog*, "
+            "*alien* ... *on the beach*, *in the snow*, *at night* ... *with a tree on the left*.",
+            150,
+        )
+        applied = w.node("AtelierApplyConcepts", model=toy["MODEL"])
+        nothing = w.node("CLIPTextEncode", "Negative prompt (empty)", size=(340, 100), clip=toy["CLIP"], text="")
+        latent = w.node("EmptyLatentImage", width=64, height=64, batch_size=8)
+        w.column()
+        painted = {}
+        for name, title, trained in (("adi", "ADI", adi), ("ti", "Textual Inversion", plain)):
+            painted[name] = text = w.node(
+                "AtelierTextEncode",
+                f"Prompt ({title})",
+                size=(360, 150),
+                clip=toy["CLIP"],
+                text=f"a panda <{name}> on the beach",
+                concepts__concept0=trained["concept"],
+            )
+            sampled = w.node(
+                "KSampler",
+                model=applied["MODEL"],
+                positive=text["CONDITIONING"],
+                negative=nothing["CONDITIONING"],
+                latent_image=latent["LATENT"],
+                seed=1,
+                control_after_generate="fixed",
+                **TOY_SAMPLING,
+            )
+            decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=toy["VAE"])
+            w.node(
+                "SaveImage", title, size=(360, 300), images=decoded["IMAGE"], filename_prefix=f"concept_atelier/{name}"
+            )
+            w.column()
+    with w.group("4  Where the word looks", LOOK):
+        w.note("*words*: any words of the prompt. *layers*: coarse ones place things, fine ones draw them.", 110)
+        maps = w.node(
+            "AtelierAttentionMaps",
+            model=applied["MODEL"],
+            positive=painted["adi"]["CONDITIONING"],
+            negative=nothing["CONDITIONING"],
+            latent_image=latent["LATENT"],
+            vae=toy["VAE"],
+            words="<adi>",
+            seed=1,
+            control_after_generate="fixed",
+            **TOY_SAMPLING,
+        )
+        w.node("PreviewImage", "Attention to <adi>", size=(360, 300), images=maps["overlay"])
+    return w
+
+
+# steps, learning_rate: benchmarks.demo uses the same; sampling as the toy model is evaluated (toyworld/sampling.py).
+TOY_TRAINING = {
+    "init_word": "poses",
+    "steps": 400,
+    "learning_rate": 5e-3,
+    "batch_size": 4,
+    "sample_prompts": "a panda {}\na cat {} on the beach",
+    "sample_every": 100,
+    "sample_steps": 15,
+    "sample_cfg": 3.0,
+    "control_after_generate": "fixed",
+}
+TOY_SAMPLING = {"steps": 25, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+
+
+def adi_sd() -> Workflow:
+    """The artist's own pictures on a Stable Diffusion checkpoint, with ADI as in the paper."""
+    w = Workflow()
+    with w.group("1  Your pictures of one action", PICTURES):
+        w.note(
+            f"1. Make the folder `input/{PICTURE_FOLDER}` in ComfyUI and put about ten pictures of *one action* into "
+            "it, best each with another person or animal.\n2. Beside each picture `name.png` write a text file "
+            "`name.txt` with what it shows, **without any word for the action** and with a blank `{}` in its place: "
+            "`a photo of a woman in a red coat {} in a park`.\n3. Press R to refresh, choose checkpoint and folder, "
+            "press Run.",
+            330,
+        )
+        loader = w.node(
+            "CheckpointLoaderSimple", properties={"models": [SD_CHECKPOINT_SOURCE]}, ckpt_name=SD_CHECKPOINT
+        )
+        pictures = w.node("LoadImageTextDataSetFromFolder", "Your pictures and captions", folder=PICTURE_FOLDER)
+        exemplars = w.node(
+            "AtelierExemplars", size=(340, 200), images=pictures["images"], captions=pictures["texts"], size__=512
+        )
+    with w.group("2  The same people doing other things", PICTURES):
+        w.note(
+            "ADI compares each picture with *the same person doing something else*. A small model of each picture "
+            "(minutes a picture on a GPU) paints them; the contact sheet shows whether it kept the person.\n\n- "
+            "*other_actions*: what people in your pictures could do instead.\n- Better: connect your own photos to "
+            "*other_action_pictures*.",
+            270,
+        )
+        triples = w.node(
+            "AtelierTriples",
+            exemplars=exemplars["exemplars"],
+            model=loader["MODEL"],
+            clip=loader["CLIP"],
+            vae=loader["VAE"],
+            other_actions=SD_OTHER_ACTIONS,
+            control_after_generate="fixed",
+        )
+        w.node("PreviewImage", "Contact sheet of the triples", size=(420, 420), images=triples["contact_sheet"])
+    with w.group("3  Learn a word for the action", LEARN):
+        w.note(
+            "The settings are the paper's. Watch the samples: *Stop and keep* when they show the action.\n\n- "
+            "*steps*: raise it later to go on.\n- *beta*: higher masks more of what is not the action.\n- SDXL: choose "
+            "*per block*.",
+            210,
+        )
+        layout = w.node("AtelierTokenLayout", granularity="per layer")
+        mask = w.node("AtelierGradientMask")
+        trained = w.node(
+            "AtelierTrain",
+            model=loader["MODEL"],
+            clip=loader["CLIP"],
+            vae=loader["VAE"],
+            exemplars=triples["exemplars"],
+            layout=layout["layout"],
+            gradient_rule=mask["gradient_rule"],
+            name="action",
+            sample_prompts="a photo of a panda {}",
+            control_after_generate="fixed",
+        )
+        w.node("AtelierSaveConcept", concept=trained["concept"])
+    with w.group("4  Paint others doing it", PAINT):
+        w.note("`<action>` is the word you taught. Any sampler, LoRA or ControlNet works as always.", 110)
+        applied = w.node("AtelierApplyConcepts", model=loader["MODEL"])
+        positive = w.node(
+            "AtelierTextEncode",
+            size=(360, 150),
+            clip=loader["CLIP"],
+            text="a photo of a panda <action>",
+            concepts__concept0=trained["concept"],
+        )
+        negative = w.node("CLIPTextEncode", "Negative prompt", size=(360, 100), clip=loader["CLIP"], text=SD_NEGATIVE)
+        latent = w.node("EmptyLatentImage", width=512, height=512, batch_size=4)
+        w.column()
+        sampled = w.node(
+            "KSampler",
+            model=applied["MODEL"],
+            positive=positive["CONDITIONING"],
+            negative=negative["CONDITIONING"],
+            latent_image=latent["LATENT"],
+            seed=1,
+            control_after_generate="fixed",
+            **SD_SAMPLING,
+        )
+        decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=loader["VAE"])
+        w.node("SaveImage", size=(420, 460), images=decoded["IMAGE"], filename_prefix="concept_atelier/action")
+    with w.group("5  Where the word looks", LOOK):
+        w.note("*words*: any words of the prompt. *layers*: coarse ones place things, fine ones draw them.", 110)
+        maps = w.node(
+            "AtelierAttentionMaps",
+            model=applied["MODEL"],
+            positive=positive["CONDITIONING"],
+            negative=negative["CONDITIONING"],
+            latent_image=latent["LATENT"],
+            vae=loader["VAE"],
+            words="<action>",
+            seed=1,
+            control_after_generate="fixed",
+            **SD_SAMPLING,
+        )
+        w.node("PreviewImage", "Attention to <action>", size=(420, 460), images=maps["overlay"])
+    return w
+
+
+# ADI section 5.1: DDIM, 50 steps, guidance 7.5.
+SD_SAMPLING = {"steps": 50, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}
+
+WORKFLOWS = {"adi_toy": adi_toy, "adi_sd": adi_sd}

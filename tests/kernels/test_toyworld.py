@@ -1,0 +1,163 @@
+"""The toy world: its pictures and sentences, what is held out, and the bundled weights."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from concept_atelier.toyworld.autoencoder import PatchAutoencoder
+from concept_atelier.toyworld.dataset import draw_all, held_out_scenes, to_tensor, training_scenes
+from concept_atelier.toyworld.exemplars import exemplar_scenes, other_action_scenes
+from concept_atelier.toyworld.judge import NAMES, load_judge, truth
+from concept_atelier.toyworld.model import load_toy
+from concept_atelier.toyworld.render import figure_mask, render
+from concept_atelier.toyworld.sampling import sample
+from concept_atelier.toyworld.tokenizer import TOKENS, world_words
+from concept_atelier.toyworld.train_autoencoder import psnr
+from concept_atelier.toyworld.train_judge import judge_scene
+from concept_atelier.toyworld.vocabulary import (
+    ACTIONS,
+    HELD_OUT_ACTIONS,
+    HELD_OUT_OBJECTS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_SUBJECTS,
+    OBJECTS,
+    SUBJECTS,
+    caption,
+    draw_scene,
+)
+from concept_atelier.toyworld.weights import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return load_toy()
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
+
+
+def test_the_same_seed_gives_the_same_picture():
+    first, second = (draw_scene(random.Random(7)) for _ in range(2))
+    assert first == second
+    assert np.array_equal(render(first), render(second))
+    assert render(first).shape == (64, 64, 3) and render(first).dtype == np.uint8
+    assert not np.array_equal(render(first), render(draw_scene(random.Random(8))))
+
+
+def test_the_mask_covers_the_figure_and_nothing_else():
+    rng = random.Random(0)
+    for _ in range(50):
+        mask = figure_mask(draw_scene(rng))
+        assert mask.shape == (64, 64) and mask.dtype == np.uint8
+        assert 0.04 < (mask > 127).mean() < 0.5
+
+
+def test_what_is_given_stays_as_given():
+    scene = draw_scene(
+        random.Random(0), subject="man", action="dab", background="on pink", object="lamp", side="left", color="red"
+    )
+    assert caption(scene) == "a man in red dab on pink with a lamp on the left"
+    assert caption(scene, action_text="<new>", drop_background=True) == "a man in red <new> with a lamp on the left"
+
+
+def test_every_sentence_fits_and_falls_into_whole_words(toy):
+    captions = {caption(scene) for scene in training_scenes(3000)}
+    for text in captions:
+        ids = toy.tokenizer(text)["input_ids"]
+        assert len(ids) == len(text.split()) + 2 <= TOKENS, text
+    for word in world_words():
+        assert len(toy.tokenizer(word)["input_ids"]) == 3, word
+
+
+def test_any_prompt_tokenises_without_unknown_pieces(toy):
+    pieces = toy.tokenizer.convert_ids_to_tokens(toy.tokenizer("a Zebra, juggling (quickly)!")["input_ids"])
+    assert "<|endoftext|>" not in pieces[1:-1]
+
+
+def test_nothing_held_out_is_ever_trained():
+    held_out = {*HELD_OUT_SUBJECTS, *HELD_OUT_ACTIONS, *HELD_OUT_OBJECTS}
+    for scene in training_scenes(20_000):
+        assert scene.subject in SUBJECTS
+        assert scene.action in (*ACTIONS, "random")
+        assert scene.object in (*OBJECTS, "none")
+        assert (scene.subject, scene.action) not in HELD_OUT_PAIRS
+        assert not held_out & set(caption(scene).split())
+
+
+def test_exemplars_share_the_action_and_differ_in_context():
+    scenes = exemplar_scenes("dab", 10, seed=3)
+    assert scenes == exemplar_scenes("dab", 10, seed=3)
+    assert {scene.action for scene in scenes} == {"dab"}
+    assert len({(scene.subject, scene.color, scene.background, scene.object) for scene in scenes}) == 10
+
+
+def test_other_actions_keep_the_context():
+    scene = exemplar_scenes("dab", 1)[0]
+    others = other_action_scenes(scene, 4, seed=0)
+    assert len({other.action for other in others}) == 4
+    for other in others:
+        assert other.action in ACTIONS
+        for field in ("subject", "color", "background", "object", "side", "x", "ground"):
+            assert getattr(other, field) == getattr(scene, field)
+
+
+def test_the_autoencoder_reconstructs_pictures_it_has_not_seen(toy):
+    images = to_tensor(draw_all(held_out_scenes(64, seed=5_000_000))[0])
+    assert psnr(toy.autoencoder, images) >= 28
+    latents = toy.autoencoder.encode(images)
+    assert latents.shape == (64, 32, 8, 8)
+    assert abs(latents.mean()) < 0.1
+    assert 0.8 < latents.square().mean().sqrt() < 1.2
+
+
+@pytest.mark.parametrize("size", [(8, 8), (64, 96), (128, 40)])
+def test_the_autoencoder_takes_any_multiple_of_eight(size):
+    images = torch.rand(2, 3, *size) * 2 - 1
+    autoencoder = PatchAutoencoder()
+    latents = autoencoder.encode(images)
+    assert latents.shape == (2, 32, size[0] // 8, size[1] // 8)
+    assert autoencoder.decode(latents).shape == images.shape
+
+
+def test_the_judge_reads_renders(judge):
+    rng = random.Random(6_000_000)
+    scenes = [judge_scene(rng) for _ in range(200)]
+    read = judge.read((to_tensor(draw_all(scenes)[0]) + 1) / 2)
+    assert set(read) == set(NAMES)
+    for head, names in read.items():
+        right = [name == truth(scene)[head] for name, scene in zip(names, scenes)]
+        assert sum(right) / len(right) >= 0.9, head
+
+
+def test_the_judges_probabilities_sum_to_one(judge):
+    for head, values in judge.probabilities(torch.rand(3, 3, 64, 64)).items():
+        assert values.shape == (3, len(NAMES[head]))
+        assert torch.allclose(values.sum(1), torch.ones(3))
+
+
+def test_random_weights_are_the_same_each_time():
+    first, second = load_toy(random_weights=True), load_toy(random_weights=True)
+    for part in ("unet", "text_encoder", "autoencoder"):
+        for a, b in zip(getattr(first, part).parameters(), getattr(second, part).parameters()):
+            assert torch.equal(a, b) and not a.requires_grad
+
+
+def test_random_weights_leave_the_callers_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    load_toy(random_weights=True)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_bundled_model_draws_a_picture_for_each_caption(toy):
+    pictures = sample(toy, ["a panda sits on grass", "a robot flexes at night"], seed=0, steps=3)
+    assert pictures.shape == (2, 64, 64, 3) and pictures.dtype == np.uint8
+    assert pictures.std() > 10
+
+
+def test_the_bundled_weights_are_small():
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) < 25e6

@@ -1,0 +1,186 @@
+"""What rides in CONDITIONING: nothing where stock suffices, nothing left behind, a sentence where it cannot work."""
+
+import hashlib
+from types import SimpleNamespace
+
+import comfy.model_sampling
+import pytest
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+from concept_atelier.kernels.backbone import TextContext
+from concept_atelier.kernels.concept import Concept
+from concept_atelier.kernels.conditioning import StagedContext
+from concept_atelier.kernels.layouts import Layout
+from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
+from concept_atelier.nodes.native.backbone import cross_attention_layers
+from concept_atelier.nodes.native.payload import KEY, contexts_at
+from concept_atelier.nodes.native.text import describe_clip
+
+import nodes as comfy_nodes
+
+ONE_TOKEN, PER_LAYER, STAGED = Layout(), Layout("layer"), Layout("prompt", stages=2)
+
+
+@pytest.fixture(autouse=True)
+def inference_mode():
+    with torch.inference_mode():
+        yield
+
+
+def make_concept(tiny, layout, name="salute"):
+    kind, layers = describe_clip(tiny.clip), cross_attention_layers(tiny.model)
+    generator = torch.Generator().manual_seed(0)
+    shape = (layout.bind(layers).slots, layout.tokens)
+    vectors = {tower: torch.randn(*shape, width, generator=generator) for tower, width in kind.towers.items()}
+    return Concept(name, vectors, layout, kind.family, layers)
+
+
+def encode(clip, text, *concepts):
+    return AtelierTextEncode.execute(clip, text, {f"concept{i}": c for i, c in enumerate(concepts)})[0]
+
+
+def stock_encode(clip, text):
+    return comfy_nodes.CLIPTextEncode().encode(clip, text)[0]
+
+
+def route(model):
+    return AtelierApplyConcepts.execute(model)[0]
+
+
+def sample(model, positive, negative, steps=2):
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    return comfy_nodes.KSampler().sample(model, 3, steps, 5.0, "euler", "normal", positive, negative, latent)[0][
+        "samples"
+    ]
+
+
+@pytest.fixture(scope="module")
+def sd1(tiny):
+    return tiny("sd1")
+
+
+@pytest.fixture
+def prompts(sd1):
+    return encode(sd1.clip, "a man <salute> on grass", make_concept(sd1, PER_LAYER)), stock_encode(sd1.clip, "blurry")
+
+
+@pytest.mark.parametrize("text", ["a man on grass", "a (red:1.3) ball, [thing] \\(x\\)", "", "word " * 100])
+def test_a_prompt_without_concepts_is_the_stock_encoding(any_tiny, text):
+    [[ours, ours_more]], [[stock, stock_more]] = encode(any_tiny.clip, text), stock_encode(any_tiny.clip, text)
+    assert torch.equal(ours, stock)
+    assert torch.equal(ours_more["pooled_output"], stock_more["pooled_output"])
+    assert "model_conds" not in ours_more
+
+
+def test_unused_concepts_do_nothing(sd1):
+    concept = make_concept(sd1, PER_LAYER)
+    assert torch.equal(encode(sd1.clip, "a man", concept)[0][0], stock_encode(sd1.clip, "a man")[0][0])
+
+
+def test_one_token_needs_no_routing(sd1):
+    positive = encode(sd1.clip, "a man <salute>", make_concept(sd1, ONE_TOKEN))
+    negative = stock_encode(sd1.clip, "blurry")
+    assert "model_conds" not in positive[0][1]
+    assert torch.equal(sample(sd1.model, positive, negative), sample(route(sd1.model), positive, negative))
+
+
+def test_routing_without_payload_changes_no_bit(any_tiny):
+    model, clip, _ = any_tiny
+    positive, negative = stock_encode(clip, "a man on grass"), stock_encode(clip, "blurry")
+    assert torch.equal(sample(model, positive, negative), sample(route(model), positive, negative))
+
+
+def test_routing_twice_is_routing_once(sd1, prompts):
+    assert torch.equal(sample(route(sd1.model), *prompts), sample(route(route(sd1.model)), *prompts))
+
+
+def test_the_base_model_is_as_before(sd1, prompts):
+    def weights():
+        digest = hashlib.sha256()
+        for name, weight in sd1.model.model.state_dict().items():
+            digest.update(name.encode() + weight.numpy().tobytes())
+        return digest.hexdigest()
+
+    plain = stock_encode(sd1.clip, "a man"), prompts[1]
+    picture, fingerprint = sample(sd1.model, *plain), weights()
+    conditioning = prompts[0][0][0].clone()
+    sample(route(sd1.model), *prompts)
+    assert torch.equal(sample(sd1.model, *plain), picture)
+    assert weights() == fingerprint
+    assert torch.equal(prompts[0][0][0], conditioning)
+    assert not sd1.model.wrappers.get("calc_cond_batch")
+
+
+def test_an_unrouted_model_refuses(sd1, prompts):
+    with pytest.raises(ValueError, match="route the MODEL through 'Apply Concepts'"):
+        sample(sd1.model, *prompts)
+
+
+def test_zeroed_out_conditioning_says_nothing_at_all(sd1, prompts):
+    zeroed = comfy_nodes.ConditioningZeroOut().zero_out(prompts[0])[0]
+    plain = comfy_nodes.ConditioningZeroOut().zero_out(stock_encode(sd1.clip, "a man"))[0]
+    assert torch.equal(sample(route(sd1.model), prompts[1], zeroed), sample(route(sd1.model), prompts[1], plain))
+
+
+def test_averaged_conditioning_refuses(sd1, prompts):
+    averaged = comfy_nodes.ConditioningAverage().addWeighted(*prompts, 0.5)[0]
+    with pytest.raises(ValueError, match="changed this conditioning's values"):
+        sample(route(sd1.model), averaged, prompts[1])
+
+
+def test_a_model_of_another_kind_refuses(tiny, prompts):
+    with pytest.raises(ValueError, match=r"16 cross-attention layers .* this MODEL has 70 layers"):
+        sample(route(tiny("sdxl").model), prompts[0], stock_encode(tiny("sdxl").clip, "blurry"))
+
+
+def test_a_model_without_cross_attention_refuses():
+    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="no U-Net"):
+        route(model)
+
+
+def test_stages_need_timesteps(sd1):
+    positive = encode(sd1.clip, "a man <salute>", make_concept(sd1, STAGED))
+    negative = stock_encode(sd1.clip, "blurry")
+    edm = ModelSamplingContinuousEDM().patch(sd1.model, "eps", 14.6, 0.03)[0]
+    with pytest.raises(ValueError, match="does not count"):
+        sample(route(edm), positive, negative)
+
+
+def test_samples_at_different_noise_levels_get_their_own_stage():
+    early, late = (TextContext(torch.full((1, 1, 2, 3), value), (0,), (0,)) for value in (1.0, 0.0))
+    staged = StagedContext((0, 500), (late, early), {})
+    sampling = comfy.model_sampling.ModelSamplingDiscrete()
+    sigmas = sampling.sigmas[torch.tensor([499, 500, 999])]
+    assert contexts_at(staged, sampling, sigmas) == (late, early, early)
+    assert contexts_at(staged, sampling, sigmas[1:]) == (early,)
+
+
+def test_payload_stays_on_the_cpu_and_out_of_the_stock_keys(prompts):
+    [[context, values]] = prompts[0]
+    payload = values["model_conds"][KEY].cond
+    assert payload.staged.contexts[0].rows.device.type == "cpu"
+    assert payload.staged.contexts[0].rows.shape == (16, 1, 77, 64)
+    assert context.shape == (1, 77, 64)
+
+
+def test_bad_prompts_and_concepts(tiny, sd1):
+    concept = make_concept(sd1, PER_LAYER)
+    with pytest.raises(ValueError, match=r"asks for <wave>.*<salute>"):
+        encode(sd1.clip, "a man <wave>", concept)
+    with pytest.raises(ValueError, match="none is connected"):
+        encode(sd1.clip, "a man <wave>")
+    with pytest.raises(ValueError, match="Two connected concepts are called <salute>"):
+        encode(sd1.clip, "a man <salute>", concept, concept)
+    with pytest.raises(ValueError, match=r"learned on sd1 .* cannot be used with this sdxl"):
+        encode(tiny("sdxl").clip, "a man", concept)
+    shorter = Concept("wave", concept.vectors, PER_LAYER, "sd1", concept.layers[:7])
+    with pytest.raises(ValueError, match="different cross-attention layers"):
+        encode(sd1.clip, "a man <salute> and <wave>", concept, shorter)
+
+
+def test_weights_reach_placeholders(sd1):
+    concept = make_concept(sd1, ONE_TOKEN)
+    plain, weighted = (encode(sd1.clip, text, concept)[0][0] for text in ("a <salute>", "a (<salute>:1.5)"))
+    changed = (plain != weighted).any(dim=-1)[0]
+    assert changed.nonzero().flatten().tolist() == [2]
