@@ -111,6 +111,7 @@ def paint_other_actions(
     pictures = []
     with low_rank.applied():
         for number, action in enumerate(actions):
+            done = settings.total_steps(number)
             latents = ddim_sample(
                 backbone,
                 StagedContext((0,), (_plain_context(backbone, fill_with_action(exemplar.caption, action)),), {}),
@@ -118,7 +119,7 @@ def paint_other_actions(
                 seeded_noise(backbone, [settings.seed + number], height, width),
                 settings.sampling_steps,
                 settings.cfg,
-                lambda step, done=settings.total_steps(number): on_step(done + step),
+                lambda step, done=done: on_step(done + step),
             )
             pictures.append(backbone.decode_latent(latents)[0].cpu())
     return tuple(pictures)

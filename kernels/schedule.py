@@ -63,4 +63,4 @@ class NoiseSchedule:
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps must be within 1..{len(self)}, got {steps}.")
-        return [round((len(self) - 1) * (1 - i / steps)) for i in range(steps)]
+        return [len(self) - 1 - i * len(self) // steps for i in range(steps)]

@@ -5,28 +5,15 @@ the tests under nodes, server and browser are skipped with that reason; the othe
 """
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from concept_atelier.benchmarks.comfyui import find_comfyui, start_comfyui
 
 TESTS = Path(__file__).resolve().parent
 NEED_COMFYUI = ("nodes", "server", "browser")
-
-
-def is_comfyui(folder: Path) -> bool:
-    """Whether `folder` is a checkout of ComfyUI."""
-    return (folder / "main.py").is_file() and (folder / "comfy" / "sd.py").is_file()
-
-
-def find_comfyui() -> Path | None:
-    """The folder of ComfyUI, or None. $COMFYUI_PATH, when set, is the only place looked at."""
-    if named := os.environ.get("COMFYUI_PATH"):
-        return Path(named).expanduser().resolve() if is_comfyui(Path(named).expanduser()) else None
-    places = [*TESTS.parents, Path.home() / "comfy" / "ComfyUI"]
-    return next((place for place in places if is_comfyui(place)), None)
 
 
 COMFYUI = find_comfyui()
@@ -34,18 +21,6 @@ NOT_FOUND = (
     "ComfyUI was not found in $COMFYUI_PATH, in the folders around this checkout or in ~/comfy/ComfyUI: "
     "set COMFYUI_PATH to its folder"
 )
-
-
-def start_comfyui() -> None:
-    """Make `import comfy` work: on the CPU, text encoders in float32 (they default to float16 even there)."""
-    sys.path.insert(0, str(COMFYUI))
-    from comfy.cli_args import args
-
-    args.cpu = True
-    args.fp32_text_enc = True
-    import comfy.utils
-
-    comfy.utils.PROGRESS_BAR_ENABLED = False
 
 
 def load_helper(name: str) -> None:
@@ -58,7 +33,7 @@ def load_helper(name: str) -> None:
 
 torch.set_num_threads(1)
 if COMFYUI is not None:
-    start_comfyui()
+    start_comfyui(COMFYUI)
     load_helper("tiny_models")
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 PATCH = 8
-LATENT_CHANNELS = 32
+LATENT_CHANNELS = 24
 _PATCH_VALUES = 3 * PATCH * PATCH
 
 
 class PatchAutoencoder(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 32, H/8, W/8) and back; H and W are multiples of 8."""
+    """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 24, H/8, W/8) and back; H and W are multiples of 8."""
 
     def __init__(self, latent_channels: int = LATENT_CHANNELS, width: int = 96):
         super().__init__()
@@ -68,17 +68,16 @@ class PatchAutoencoder(nn.Module):
     def start_from_principal_components(self, images: torch.Tensor) -> None:
         """Set the linear projection to the principal components of the images' patches.
 
-        A component's scale is its natural standard deviation to the power 1/2, times one factor for all. Unit
-        variance for each would give faint detail the weight of coarse structure, and diffusion then never learns
-        the coarse structure first.
+        All components share one scale, so that coarse structure keeps its natural weight. Unit variance for each
+        would drown it: a diffusion model's error at high noise is about the same for every channel, and coarse
+        structure must stand out of it to be drawn first.
         """
         patches = nn.functional.unfold(images, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, _PATCH_VALUES)
         mean = patches.mean(0)
         variances, directions = torch.linalg.eigh(torch.cov((patches - mean).T))
         directions = directions.flip(1)[:, : self.latent_channels]
         natural = variances.flip(0)[: self.latent_channels].clamp_min(1e-8).sqrt()
-        scaled = natural.sqrt()
-        gain = scaled / scaled.square().mean().sqrt() / natural
+        gain = 1 / natural.square().mean().sqrt()
         forward = directions * gain
         shape = (self.latent_channels, 3, PATCH, PATCH)
         self.project.weight.copy_(forward.T.reshape(shape))

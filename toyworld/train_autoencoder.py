@@ -25,7 +25,12 @@ def psnr(autoencoder: PatchAutoencoder, images: torch.Tensor) -> float:
     return (-10 * torch.log10(error.square().mean((1, 2, 3)))).mean().item()
 
 
-def train_autoencoder(minutes: float, seed: int, device: str) -> None:
+def train_decoder(minutes: float, seed: int, device: str) -> None:
+    """Train the decoder alone: latents stay as they are, so this may go on after the model's training has begun."""
+    train_autoencoder(minutes, seed, device, decoder_only=True)
+
+
+def train_autoencoder(minutes: float, seed: int, device: str, decoder_only: bool = False) -> None:
     """Train for `minutes` and write the weights; resumes from the checkpoint in runs/ when there is one."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -37,8 +42,10 @@ def train_autoencoder(minutes: float, seed: int, device: str) -> None:
         model.load_state_dict(torch.load(checkpoint, map_location=device))
     else:
         model.start_from_principal_components(to_tensor(data.pictures[:PRINCIPAL_PICTURES]).to(device))
+    for layer in (model.project, model.project_more):
+        layer.requires_grad_(not decoder_only)
     print(f"start: {psnr(model, held_out):.2f} dB", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, betas=(0.9, 0.99))
     start, step = time.time(), 0
     while (done := (time.time() - start) / (minutes * 60)) < 1:
         for group in optimizer.param_groups:

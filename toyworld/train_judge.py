@@ -25,7 +25,7 @@ from .vocabulary import (
 )
 from .weights import AUTOENCODER, JUDGE, WEIGHTS, read_weights, save_weights
 
-SCENES = 40_000
+SCENES = 30_000
 SCENE_SEED = 2
 TEST_SCENES = 1000
 BATCH = 64

@@ -29,14 +29,15 @@ from .vocabulary import caption
 from .weights import AUTOENCODER, TEXT_ENCODER, UNET, WEIGHTS, read_weights, save_weights
 
 PICTURES = 100_000
-BATCH = 32
-LEARNING_RATE = 1.25e-3
+BATCH = 16
+LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 200
 # The learning rate stays at its peak for this share of the budget, then falls as a cosine.
 PEAK_SHARE = 0.25
 EMPTY_CAPTIONS = 0.1
 WITHOUT_BACKGROUND = 0.15
 MAX_SNR = 5.0
+MIN_SNR = 1 / 64
 EMBEDDING_STD = 0.1
 AVERAGE_EVERY = 4
 EMA_EVERY = 5
@@ -169,10 +170,10 @@ class ModelTraining:
         save_weights(toy.unet.state_dict(), WEIGHTS / UNET)
         save_weights(text_encoder_state(toy.text_encoder), WEIGHTS / TEXT_ENCODER)
 
-    def write_grid(self) -> None:
+    def write_grid(self, name: str) -> None:
         """Sample held-out scenes' captions and write the pictures."""
         pictures = sample(self.averaged(), [caption(scene) for scene in held_out_scenes(24)], seed=0)
-        picture_grid(list(pictures), 8).save(RUNS / f"grid_{self.step * BATCH}.png")
+        picture_grid(list(pictures), 8).save(RUNS / f"grid_{name}.png")
 
     def update_average(self) -> None:
         """Follow the parameters, slowly once training is under way."""
@@ -188,7 +189,7 @@ def learning_rate(step: int, done: float) -> float:
 
 
 def training_loss(training: ModelTraining, data: TrainingSet, chosen: np.ndarray, rng: np.random.Generator):
-    """Noise-prediction error, weighted by the figure's mask and by min-SNR."""
+    """Noise-prediction error, weighted by the figure's mask and by the noise level."""
     device, count = training.device, len(chosen)
     latents = data.latents[chosen].to(device).float()
     without = torch.from_numpy((rng.random(count) < WITHOUT_BACKGROUND).astype(np.int64))
@@ -204,8 +205,17 @@ def training_loss(training: ModelTraining, data: TrainingSet, chosen: np.ndarray
     context = training.text_encoder(input_ids=ids).last_hidden_state
     output = training.unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, context).sample
     error = ((output.float() - noise).square() * data.weights[chosen].to(device).float()).mean((1, 2, 3))
-    snr = (alphas / (1 - alphas)).flatten()
-    return (error * snr.clamp(max=MAX_SNR) / snr).mean()
+    return (error * noise_level_weight((alphas / (1 - alphas)).flatten())).mean()
+
+
+def noise_level_weight(snr: torch.Tensor) -> torch.Tensor:
+    """Weight of a noise level, so that all levels count about alike, and the almost clean ones less.
+
+    The noise-prediction error that is left after training grows about as the square root of the signal-to-noise
+    ratio. Unweighted (or with min-SNR alone) the high noise levels, where a picture's layout is decided, hardly
+    count, and the layout is learned last.
+    """
+    return snr.clamp(min=MIN_SNR).rsqrt() * (MAX_SNR / snr).clamp(max=1).sqrt()
 
 
 _ALPHAS = DDIMScheduler(**SCHEDULER).alphas_cumprod
@@ -222,6 +232,10 @@ def train_model(minutes: float, seed: int, device: str) -> None:
 def _worker(rank: int, processes: int, minutes: float, seed: int, device: str) -> None:
     if device == "cpu":
         torch.set_num_threads(1)
+        # Beside other load, Linux was seen to leave both processes on one core.
+        if hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[rank % len(cores)]})
     store = RUNS / f"rendezvous_{os.getppid()}"
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     data = prepare_training_set()
@@ -250,7 +264,7 @@ def _worker(rank: int, processes: int, minutes: float, seed: int, device: str) -
         if rank != 0:
             continue
         training.seconds = time.time() - start
-        if training.step % 100 == 0:
+        if training.step % 200 == 0:
             speed = (training.step - step_at_print) * BATCH * processes / (time.time() - last["print"])
             seen = training.step * BATCH * processes
             print(f"{seen} pictures, {speed:.0f}/s, loss {np.mean(losses):.4f}, {done:.1%} done", flush=True)
@@ -262,12 +276,12 @@ def _worker(rank: int, processes: int, minutes: float, seed: int, device: str) -
             training.export()
             last["export"] = time.time()
         if time.time() - last["grid"] > GRID_SECONDS:
-            training.write_grid()
+            training.write_grid(str(training.step * BATCH * processes))
             last["grid"] = time.time()
     if rank == 0:
         training.save_checkpoint()
         training.export()
-        training.write_grid()
+        training.write_grid("end")
         print("end", flush=True)
 
 

@@ -156,32 +156,31 @@ class CallRecorder:
         def attend(function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any):
             if self.inside is not None:
                 extra, self.inside = self.inside, None
-                self.record(extra, q, k, heads, kwargs.get("skip_reshape", False))
+                self.record(extra, q, k, heads)
             if previous is None:
                 return function(q, k, v, heads, *args, **kwargs)
             return previous(function, q, k, v, heads, *args, **kwargs)
 
         return attend
 
-    def record(self, extra: dict, q: Tensor, k: Tensor, heads: int, split: bool) -> None:
-        """Maps of the positive chunks. q, k: (B, tokens, heads * d), or (B, heads, tokens, d) when `split`."""
+    def record(self, extra: dict, q: Tensor, k: Tensor, heads: int) -> None:
+        """Take the maps of the positive chunks out of q and k (B, tokens, heads * d)."""
         chunks = len(extra["uuids"])
         size = extra["original_shape"][-2:]
         place = Place(self.step, extra["block"][0], level_of(q.shape[-2], *size))
-        for uuid, side, q_chunk, k_chunk in zip(
-            extra["uuids"], extra["cond_or_uncond"], q.chunk(chunks), k.chunk(chunks)
-        ):
-            # ComfyUI may copy a positive's uuid onto a negative, so the side counts too: 0 is positive.
-            positions, length = self.prompts.get(uuid, ((), 0)) if side == 0 else ((), 0)
+        for uuid, q_chunk, k_chunk in zip(extra["uuids"], q.chunk(chunks), k.chunk(chunks)):
+            positions, length = self.prompts.get(uuid, ((), 0))  # a negative is not among them
             if positions and self.recorder.wants(place):
-                maps = word_attention(q_chunk, k_chunk, heads, split, positions, length)
+                maps = word_attention(q_chunk, k_chunk, heads, positions, length)
                 self.recorder.add(place, maps.unflatten(-1, level_shape(place.level, *size)))
 
 
-def word_attention(q: Tensor, k: Tensor, heads: int, split: bool, positions: Sequence[int], length: int) -> Tensor:
-    """The attention (B, h * w) to `positions` of a prompt of `length` tokens, which k may repeat."""
-    if not split:
-        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+def word_attention(q: Tensor, k: Tensor, heads: int, positions: Sequence[int], length: int) -> Tensor:
+    """The attention (B, h * w) to `positions` of a prompt of `length` tokens, which k may hold more than once.
+
+    q: (B, h * w, heads * d). k: (B, tokens, heads * d).
+    """
+    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
     p = (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     copies = k.shape[-2] // length
     p = p[..., : copies * length].unflatten(-1, (copies, length)).sum(-2)
@@ -204,5 +203,5 @@ def level_of(pixels: int, height: int, width: int) -> int:
             return level
     raise ValueError(
         f"A layer of this MODEL attends from {pixels} places, which no halving of its {width} x {height} latents "
-        "gives: remove the node that rescales inside the U-Net (Deep Shrink, HyperTile)."
+        "gives: remove the node that rescales inside the U-Net (such as Deep Shrink)."
     )

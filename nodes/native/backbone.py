@@ -61,17 +61,18 @@ def native_session(model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) 
 def model_family(model: ModelPatcher) -> str:
     """The family of a MODEL: "sd1", "sd2", "sdxl", or what its configuration class names in `atelier_family` ("toy").
 
-    Raises ValueError for other architectures, for inpainting models, and for sampling other than eps or v.
+    Raises ValueError for other architectures (also for relatives that read more than text, such as InstructPix2Pix,
+    unCLIP and Lotus), for inpainting models, and for sampling other than eps or v.
     """
     base, config = model.model, model.model.model_config
     named = getattr(type(config), "atelier_family", None)
     if named is not None:
         family = named
-    elif isinstance(config, comfy.supported_models.SDXL) and isinstance(base, comfy.model_base.SDXL):
+    elif type(base) is comfy.model_base.SDXL:
         family = "sdxl"
-    elif isinstance(config, comfy.supported_models.SD20) and config.noise_aug_config is None:
+    elif type(base) is comfy.model_base.BaseModel and isinstance(config, comfy.supported_models.SD20):
         family = "sd2"
-    elif isinstance(config, comfy.supported_models.SD15):
+    elif type(base) is comfy.model_base.BaseModel and isinstance(config, comfy.supported_models.SD15):
         family = "sd1"
     else:
         raise ValueError(
@@ -134,8 +135,9 @@ class NativeBackbone:
         self.latent_channels = model.model.latent_format.latent_channels
         self.latent_scale = vae.spacial_compression_encode()
         self.device = model.load_device
-        self._sigmas = model.get_model_object("model_sampling").sigmas.clone().to(self.device)
-        self.schedule = NoiseSchedule(1 / (1 + self._sigmas.double() ** 2))
+        sigmas = model.get_model_object("model_sampling").sigmas.clone()
+        self._sigmas = sigmas.to(self.device)
+        self.schedule = NoiseSchedule(1 / (1 + sigmas.cpu().double() ** 2))  # not every device has float64
         self.gradient_scale = HALF_PRECISION_SCALE if model.model.get_dtype_inference() == torch.float16 else 1.0
         self._recorders: list[_AttentionRecorder] = []
 

@@ -86,13 +86,19 @@ def _whole_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 def load_for_gradients(patchers: Sequence[ModelPatcher]) -> None:
     """Load all of `patchers` completely and side by side, and make their weights plain tensors.
 
-    To be called again after anything else was loaded (a VAE), because that may have moved them.
+    To be called again after anything else was loaded (a VAE), because that may have moved them. Raises ValueError where
+    ComfyUI streams weights instead: autograd would keep the buffer they are streamed through.
     """
     # Loading outside inference mode would leave weights that deny being inference tensors and still have no version
     # counter: they fail only in the backward pass.
     with torch.inference_mode():
         comfy.model_management.load_models_gpu(list(patchers), memory_required=ALL_MEMORY, force_full_load=True)
     for patcher in patchers:
+        if patcher.model.model_lowvram:
+            raise ValueError(
+                "The MODEL or CLIP stays off the device (ComfyUI was started with --novram), where it has no "
+                "gradients: start ComfyUI without it for training."
+            )
         leave_inference(patcher.model)
 
 

@@ -34,13 +34,45 @@ class Frontend:
         page.keyboard.press("Escape")
 
     def _on_console(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
-            place = message.location.get("url", "").removeprefix(self.url)
+        place = message.location.get("url", "")
+        outside = message.text.startswith("Failed to load") and not place.startswith(self.url)  # it asks for news
+        if message.type == "error" and not outside:
             self.errors.append(f"{message.text} [{place}]".replace(self.url, ""))
+
+    def draw_nodes_as(self, drawing: str) -> None:
+        """Draw nodes on the canvas ("classic") or as elements of the page ("Nodes 2.0")."""
+        self.drawing = drawing
+        self.page.evaluate(
+            "on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", drawing == "Nodes 2.0"
+        )
+        self.page.wait_for_timeout(500)
 
     def load(self, workflow: dict[str, Any]) -> None:
         """Open a workflow in UI form."""
         self.page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
+
+    def open_template(self, pack: str, name: str) -> None:
+        """Open a workflow of a pack from the template browser, by mouse."""
+        self.page.evaluate("() => { window.app.extensionManager.command.execute('Comfy.BrowseTemplates'); }")
+        self.page.get_by_role("dialog").get_by_text(pack, exact=True).click()
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.wait_for_function("() => window.app.graph.nodes.length > 0 && !document.querySelector('.p-dialog')")
+        self.page.wait_for_timeout(500)
+
+    def set_widgets(self, values: dict[str, dict[str, Any]]) -> None:
+        """Set widgets by node type and name, as {"KSampler": {"steps": 3}}; those a node lacks are left out."""
+        self.page.evaluate(
+            """(values) => {
+                for (const node of window.app.graph.nodes)
+                    for (const [name, value] of Object.entries(values[node.type] ?? {})) {
+                        const widget = node.widgets?.find((widget) => widget.name === name);
+                        if (!widget) continue;
+                        widget.value = value;
+                        widget.callback?.(value);
+                    }
+            }""",
+            values,
+        )
 
     def prompt(self) -> dict[str, Any]:
         """The API form of what is open, without titles."""

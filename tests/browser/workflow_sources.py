@@ -57,7 +57,7 @@ class Workflow:
         self,
         type: str,
         title: str = "",
-        size: tuple[int, int] | None = None,
+        node_size: tuple[int, int] | None = None,
         properties: dict[str, Any] | None = None,
         **inputs: Any,
     ) -> Node:
@@ -65,7 +65,7 @@ class Workflow:
         inputs = {name.replace("__", "."): value for name, value in inputs.items()}
         links = {name: value for name, value in inputs.items() if isinstance(value, Link)}
         widgets = {name: value for name, value in inputs.items() if not isinstance(value, Link)}
-        node = Node(len(self.nodes), {"type": type, "title": title, "size": size, "properties": properties or {}})
+        node = Node(len(self.nodes), {"type": type, "title": title, "size": node_size, "properties": properties or {}})
         node.spec |= {"links": links, "widgets": widgets}
         self.nodes.append(node.spec)
         self.groups[-1]["columns"][-1].append(node.index)
@@ -101,11 +101,11 @@ def adi_toy() -> Workflow:
         )
         toy = w.node("AtelierToyCheckpoint")
         pictures = w.node("AtelierToyPictures", count=10, other_actions=4)
-        w.node("PreviewImage", "Pictures of the action", size=(420, 320), images=pictures["images"])
+        w.node("PreviewImage", "Pictures of the action", node_size=(420, 320), images=pictures["images"])
         w.column()
         exemplars = w.node(
             "AtelierExemplars",
-            size=(340, 260),
+            node_size=(340, 260),
             images=pictures["images"],
             captions=pictures["captions"],
             masks=pictures["masks"],
@@ -113,7 +113,7 @@ def adi_toy() -> Workflow:
         triples = w.node(
             "AtelierTriples", exemplars=exemplars["exemplars"], other_action_pictures=pictures["other_action_images"]
         )
-        w.node("PreviewImage", "Contact sheet of the triples", size=(420, 420), images=triples["contact_sheet"])
+        w.node("PreviewImage", "Contact sheet of the triples", node_size=(420, 420), images=triples["contact_sheet"])
     with w.group("2  Learn one word for the action, in two ways", LEARN):
         w.note(
             "**ADI** (above) learns a word for each part of the network, and lets only those channels learn that "
@@ -156,7 +156,7 @@ def adi_toy() -> Workflow:
             150,
         )
         applied = w.node("AtelierApplyConcepts", model=toy["MODEL"])
-        nothing = w.node("CLIPTextEncode", "Negative prompt (empty)", size=(340, 100), clip=toy["CLIP"], text="")
+        nothing = w.node("CLIPTextEncode", "Negative prompt (empty)", node_size=(340, 100), clip=toy["CLIP"], text="")
         latent = w.node("EmptyLatentImage", width=64, height=64, batch_size=8)
         w.column()
         painted = {}
@@ -164,7 +164,7 @@ def adi_toy() -> Workflow:
             painted[name] = text = w.node(
                 "AtelierTextEncode",
                 f"Prompt ({title})",
-                size=(360, 150),
+                node_size=(360, 150),
                 clip=toy["CLIP"],
                 text=f"a panda <{name}> on the beach",
                 concepts__concept0=trained["concept"],
@@ -181,7 +181,11 @@ def adi_toy() -> Workflow:
             )
             decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=toy["VAE"])
             w.node(
-                "SaveImage", title, size=(360, 300), images=decoded["IMAGE"], filename_prefix=f"concept_atelier/{name}"
+                "SaveImage",
+                title,
+                node_size=(360, 300),
+                images=decoded["IMAGE"],
+                filename_prefix=f"concept_atelier/{name}",
             )
             w.column()
     with w.group("4  Where the word looks", LOOK):
@@ -198,7 +202,7 @@ def adi_toy() -> Workflow:
             control_after_generate="fixed",
             **TOY_SAMPLING,
         )
-        w.node("PreviewImage", "Attention to <adi>", size=(360, 300), images=maps["overlay"])
+        w.node("PreviewImage", "Attention to <adi>", node_size=(360, 300), images=maps["overlay"])
     return w
 
 
@@ -234,7 +238,7 @@ def adi_sd() -> Workflow:
         )
         pictures = w.node("LoadImageTextDataSetFromFolder", "Your pictures and captions", folder=PICTURE_FOLDER)
         exemplars = w.node(
-            "AtelierExemplars", size=(340, 200), images=pictures["images"], captions=pictures["texts"], size__=512
+            "AtelierExemplars", node_size=(340, 200), images=pictures["images"], captions=pictures["texts"], size=512
         )
     with w.group("2  The same people doing other things", PICTURES):
         w.note(
@@ -251,9 +255,8 @@ def adi_sd() -> Workflow:
             clip=loader["CLIP"],
             vae=loader["VAE"],
             other_actions=SD_OTHER_ACTIONS,
-            control_after_generate="fixed",
         )
-        w.node("PreviewImage", "Contact sheet of the triples", size=(420, 420), images=triples["contact_sheet"])
+        w.node("PreviewImage", "Contact sheet of the triples", node_size=(420, 420), images=triples["contact_sheet"])
     with w.group("3  Learn a word for the action", LEARN):
         w.note(
             "The settings are the paper's. Watch the samples: *Stop and keep* when they show the action.\n\n- "
@@ -281,12 +284,14 @@ def adi_sd() -> Workflow:
         applied = w.node("AtelierApplyConcepts", model=loader["MODEL"])
         positive = w.node(
             "AtelierTextEncode",
-            size=(360, 150),
+            node_size=(360, 150),
             clip=loader["CLIP"],
             text="a photo of a panda <action>",
             concepts__concept0=trained["concept"],
         )
-        negative = w.node("CLIPTextEncode", "Negative prompt", size=(360, 100), clip=loader["CLIP"], text=SD_NEGATIVE)
+        negative = w.node(
+            "CLIPTextEncode", "Negative prompt", node_size=(360, 100), clip=loader["CLIP"], text=SD_NEGATIVE
+        )
         latent = w.node("EmptyLatentImage", width=512, height=512, batch_size=4)
         w.column()
         sampled = w.node(
@@ -300,7 +305,7 @@ def adi_sd() -> Workflow:
             **SD_SAMPLING,
         )
         decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=loader["VAE"])
-        w.node("SaveImage", size=(420, 460), images=decoded["IMAGE"], filename_prefix="concept_atelier/action")
+        w.node("SaveImage", node_size=(420, 460), images=decoded["IMAGE"], filename_prefix="concept_atelier/action")
     with w.group("5  Where the word looks", LOOK):
         w.note("*words*: any words of the prompt. *layers*: coarse ones place things, fine ones draw them.", 110)
         maps = w.node(
@@ -315,7 +320,7 @@ def adi_sd() -> Workflow:
             control_after_generate="fixed",
             **SD_SAMPLING,
         )
-        w.node("PreviewImage", "Attention to <action>", size=(420, 460), images=maps["overlay"])
+        w.node("PreviewImage", "Attention to <action>", node_size=(420, 460), images=maps["overlay"])
     return w
 
 

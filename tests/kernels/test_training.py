@@ -44,10 +44,14 @@ def data(backbone):
     return encode_exemplars(backbone, exemplars, NAME)
 
 
+def noise(backbone, *shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, backbone.latent_channels, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
 def start(backbone, layout, spread: float = 0.0) -> RunState:
     vectors = new_vectors(backbone.token_vectors("poses"), layout.slots, 1)
-    noise = torch.randn(vectors["l"].shape, generator=torch.Generator().manual_seed(5))
-    return RunState.start({"l": vectors["l"] + spread * noise})
+    jitter = torch.randn(vectors["l"].shape, generator=torch.Generator().manual_seed(5))
+    return RunState.start({"l": vectors["l"] + spread * jitter})
 
 
 def run(backbone, data, rule, layout=None, state=None, **settings) -> RunState:
@@ -95,7 +99,10 @@ def test_masking_the_update_freezes_closed_channels_where_momentum_would_move_th
 def test_equal_vectors_in_every_slot_are_one_token(backbone):
     one, many = Layout("prompt").bind(backbone.layers), Layout("layer").bind(backbone.layers)
     word = backbone.token_vectors("action")
-    x_t, t = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    x_t, t = (
+        noise(backbone, 1),
+        torch.tensor([500]),
+    )
     predictions = []
     for layout in (one, many):
         vectors = new_vectors(word, layout.slots, 1)
@@ -107,7 +114,10 @@ def test_equal_vectors_in_every_slot_are_one_token(backbone):
 def test_a_slot_reaches_its_own_layer_only(backbone):
     layout = Layout("layer").bind(backbone.layers)
     vectors = new_vectors(backbone.token_vectors("action"), layout.slots, 1)
-    x_t, t = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    x_t, t = (
+        noise(backbone, 1),
+        torch.tensor([500]),
+    )
     projections = [n for n in backbone.linears() if n.endswith(("attn2.to_k", "attn2.to_v"))]
 
     def read(v) -> dict[str, torch.Tensor]:
@@ -131,7 +141,10 @@ def test_a_slot_reaches_its_own_layer_only(backbone):
 def test_layers_before_a_slot_have_no_gradient_to_it(backbone):
     layout = Layout("layer").bind(backbone.layers)
     vectors = {"l": new_vectors(backbone.token_vectors("action"), layout.slots, 1)["l"].requires_grad_()}
-    x_t, t = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    x_t, t = (
+        noise(backbone, 1),
+        torch.tensor([500]),
+    )
     staged = encode_prompt(backbone.encode_text, backbone.layers, PROMPT, {NAME: vectors}, {NAME: layout}, 1000)
     read_at = 3
     layer = backbone.layers[read_at]
@@ -161,8 +174,7 @@ def test_gradients_of_a_batched_triple_equal_three_single_passes(backbone, data)
     layout = Layout("block").bind(backbone.layers)
     vectors = start(backbone, layout, spread=0.1).vectors
     latents = torch.stack([data.latents[0], data.latents[1], data.other_actions[0][0]])[:, None]
-    generator = torch.Generator().manual_seed(2)
-    eps = torch.randn(1, 1, 32, 8, 8, generator=generator).expand(3, -1, -1, -1, -1)
+    eps = noise(backbone, 1, 1, seed=2).expand(3, -1, -1, -1, -1)
     t = torch.tensor([[400]]).expand(3, 1)
     losses, together = gradients(backbone, data, vectors, layout, latents, t, eps)
     for r in range(3):
@@ -176,7 +188,7 @@ def test_gradients_equal_a_plain_backward_through_the_text_encoder(backbone, dat
     layout = Layout("block").bind(backbone.layers)
     vectors = start(backbone, layout, spread=0.1).vectors
     latents, t = data.latents[:2][None], torch.tensor([[100, 800]])
-    eps = torch.randn(1, 2, 32, 8, 8, generator=torch.Generator().manual_seed(2))
+    eps = noise(backbone, 1, 2, seed=2)
     _, fast = gradients(backbone, data, vectors, layout, latents, t, eps)
     for b in range(2):
         leaf = {"l": vectors["l"].detach().clone().requires_grad_()}
@@ -196,7 +208,7 @@ def test_masks_from_half_precision_gradients_agree_with_single_precision(data):
         backbone = DiffusersBackbone.from_toy(toy)
         bound = layout.bind(backbone.layers)
         latents = torch.stack([data.latents[0], data.latents[1], data.other_actions[0][0]])[:, None]
-        eps = torch.randn(1, 1, 32, 8, 8, generator=torch.Generator().manual_seed(2)).expand(3, -1, -1, -1, -1)
+        eps = noise(backbone, 1, 1, seed=2).expand(3, -1, -1, -1, -1)
         t = torch.tensor([[400]]).expand(3, 1)
         _, g = gradients(backbone, data, start(backbone, bound).vectors, bound, latents, t, eps)
         masks.append(context_mask(g["l"][0], g["l"][1], 0.6))

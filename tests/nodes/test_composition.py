@@ -25,7 +25,7 @@ from concept_atelier.nodes.native.text import describe_clip
 
 import nodes as comfy_nodes
 
-STEPS, CFG, SEED = 4, 5.0, 3
+STEPS, CFG, SEED = 3, 5.0, 3
 TOLERANCE = 2e-5
 WORD = "x"  # one token; by hand, its place is where a concept's vector goes
 
@@ -294,7 +294,7 @@ def test_controlnet_on_both_prompts(sd1, controlnet):
         )
 
     with_control = compare(sd1, controlled)
-    assert relative(with_control, compare(sd1)) > 1e-2
+    assert relative(with_control, ksampler(route(sd1.tiny.model), sd1.positive, sd1.negative)) > 1e-2
 
 
 def test_controlnet_on_the_positive_before_and_after_combine(sd1, controlnet):

@@ -107,6 +107,14 @@ def test_a_dynamic_model_is_loaded_whole_beside_it():
         assert torch.equal(whole_clip.encode_from_tokens(whole_clip.tokenize("a cat")), stock)
 
 
+def test_streamed_weights_are_refused(monkeypatch):
+    model = tiny_models.build_unet("sd1")
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    with pytest.raises(ValueError, match="--novram"):
+        gradients.load_for_gradients([model])
+
+
 def test_an_attention_function_without_backward_is_refused():
     q, k, v = (torch.randn(1, 4, 8, requires_grad=True) for _ in range(3))
     options = {

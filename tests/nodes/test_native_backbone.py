@@ -3,6 +3,7 @@
 import hashlib
 from contextlib import ExitStack
 
+import comfy.model_base
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
@@ -459,6 +460,11 @@ def test_other_models_are_refused(tiny):
     other.model.model_config.__class__ = comfy.supported_models.SDXLRefiner
     with pytest.raises(ValueError, match="MODEL is a SDXLRefiner"):
         model_family(other)
+
+    editing = tiny_models.build_unet("sdxl")
+    editing.model.__class__ = comfy.model_base.SDXL_instructpix2pix
+    with pytest.raises(ValueError, match="Concept Atelier works with"):
+        model_family(editing)
 
     class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
         pass

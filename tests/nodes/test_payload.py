@@ -91,7 +91,23 @@ def test_routing_without_payload_changes_no_bit(any_tiny):
 
 
 def test_routing_twice_is_routing_once(sd1, prompts):
-    assert torch.equal(sample(route(sd1.model), *prompts), sample(route(route(sd1.model)), *prompts))
+    once, twice = route(sd1.model), route(route(sd1.model))
+    assert torch.equal(sample(once, *prompts), sample(twice, *prompts))
+    assert [len(wrappers) for wrappers in twice.wrappers["calc_cond_batch"].values()] == [1]
+
+
+def test_other_patches_see_the_contexts_of_their_layer(sd1, prompts):
+    seen = []
+
+    def look(n, context, value, extra):
+        seen.append(context[extra["cond_or_uncond"].index(0)])
+        return n, context, value
+
+    model = sd1.model.clone()
+    model.set_model_attn2_patch(look)
+    sample(route(model), *prompts, steps=1)
+    rows = prompts[0][0][1]["model_conds"][KEY].cond.staged.contexts[0].rows[:, 0]
+    assert torch.equal(torch.stack(seen), rows)
 
 
 def test_the_base_model_is_as_before(sd1, prompts):

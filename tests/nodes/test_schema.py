@@ -129,10 +129,13 @@ print(count, seconds, *sorted({{name.split(".")[0] for name in set(sys.modules) 
 
 def test_import_is_quick_and_light(comfyui):
     script = IMPORT_COST.format(comfyui=str(comfyui), pack=str(PACK))
+    seconds = 1.0
     for _ in range(2):  # the first run may compile
+        if float(seconds) < 0.3:
+            break
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    count, seconds, *modules = done.stdout.splitlines()[-1].split()
+        count, seconds, *modules = done.stdout.splitlines()[-1].split()
     assert int(count) == len(NODE_IDS)
     assert float(seconds) < 0.3
     heavy = {"diffusers", "transformers", "segment_anything", "groundingdino", "matplotlib", "cv2", "concept_atelier"}

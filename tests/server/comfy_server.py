@@ -26,6 +26,10 @@ PACK_NAME = "concept-atelier"
 FIXTURE_PACK = Path(__file__).parent / "fixture_pack"
 TINY_CHECKPOINT = "tiny_sd1.safetensors"
 
+# adi_sd runs as it is, on a tiny file of the name it asks for and on pictures in the folder it asks for.
+SD_CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+SD_PICTURES = "my_action"
+
 PREVIEW_WITH_NODE = 4  # the websocket's binary event type of a preview that names its node
 
 
@@ -176,3 +180,46 @@ def note(
         case "execution_error" if data.get("prompt_id") == prompt_id:
             outcome.status = "error"
             outcome.error = data["exception_message"].strip()
+
+
+def write_tiny_checkpoint(tiny_model: Any, path: Path) -> None:
+    """Save a tests/nodes/tiny_models.py SD1.x model as a half-precision checkpoint file of the usual layout (18 MB)."""
+    from safetensors.torch import save_file
+
+    parts = {
+        "model.diffusion_model.": tiny_model.model.model.diffusion_model.state_dict(),
+        "first_stage_model.": tiny_model.vae.first_stage_model.state_dict(),
+        "cond_stage_model.": {
+            name.removeprefix("clip_l."): weight
+            for name, weight in tiny_model.clip.cond_stage_model.state_dict().items()
+            if name.startswith("clip_l.transformer.") and "text_projection" not in name
+        },
+    }
+    weights = {
+        prefix + name: weight.half().contiguous() if weight.ndim else weight
+        for prefix, part in parts.items()
+        for name, weight in part.items()
+    }
+    save_file(weights, path)
+
+
+def write_captioned_pictures(folder: Path, count: int = 3) -> None:
+    """Pictures with a caption file beside each, as an artist would put them into the input folder."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(noise.integers(0, 256, (96, 80 + 16 * i, 3), np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a photo of person {i} {{}} in a park")
+
+
+def furnished(comfyui: Path, folder: Path, tiny_model: Any) -> ComfyServer:
+    """A server, not yet started, with all that the shipped workflows need: our pack, a tiny checkpoint, pictures."""
+    server = ComfyServer(comfyui, folder, {PACK_NAME: PACK, "atelier_test_fixtures": FIXTURE_PACK})
+    checkpoints = folder / "models" / "checkpoints"
+    write_tiny_checkpoint(tiny_model, checkpoints / TINY_CHECKPOINT)
+    (checkpoints / SD_CHECKPOINT).symlink_to(checkpoints / TINY_CHECKPOINT)
+    write_captioned_pictures(folder / "input" / SD_PICTURES)
+    return server

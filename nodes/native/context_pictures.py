@@ -1,0 +1,67 @@
+"""Other actions painted by one-exemplar context models in ComfyUI: progress, cancel, and nothing made twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...kernels.context_model import ContextSettings, paint_other_actions
+from ...kernels.exemplars import Exemplar
+from ...kernels.files import read_safetensors, write_safetensors
+from ...kernels.run_state import run_fingerprint
+from .backbone import native_session
+from .pictures import contact_sheet, to_pil
+
+FOLDER = "concept_atelier_contexts"  # in ComfyUI's temp folder, which it empties when it starts
+PREVIEW_SIZE = 512
+
+
+def paint_contexts(
+    model: ModelPatcher,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+    exemplars: Sequence[Exemplar],
+    actions: Sequence[Sequence[str]],
+    settings: ContextSettings,
+) -> list[tuple[Tensor, ...]]:
+    """For each exemplar its pictures (H, W, 3) of other actions; MODEL, CLIP and VAE are left as they are.
+
+    actions: for each exemplar the words for its pictures. Pictures that a cancelled run had finished are taken from
+    the temp folder. A cancel ends it within a step: ComfyUI's layers raise its InterruptProcessingException.
+    """
+    with native_session(model, clip, vae) as backbone:
+        weights = backbone.fingerprint()
+        files = [_file(weights, exemplar, words, settings) for exemplar, words in zip(exemplars, actions)]
+        steps = [settings.total_steps(len(words)) for words in actions]
+        bar = comfy.utils.ProgressBar(sum(steps))
+        for number, (file, exemplar, words) in enumerate(zip(files, exemplars, actions)):
+            done = sum(steps[:number])
+
+            if not file.is_file():
+                pictures = paint_other_actions(
+                    backbone, exemplar, words, settings, lambda step, done=done: bar.update_absolute(done + step)
+                )
+                write_safetensors(file, {"pictures": torch.stack(pictures)}, {})
+            painted = [(e, _read(f)) for e, f in zip(exemplars[: number + 1], files)]
+            sheet = contact_sheet([[[e.image], pictures] for e, pictures in painted[-4:]], ["exemplar", "same context"])
+            bar.update_absolute(done + steps[number], preview=("JPEG", to_pil(sheet[0]), PREVIEW_SIZE))
+    return [_read(file) for file in files]
+
+
+def _file(weights: str, exemplar: Exemplar, words: Sequence[str], settings: ContextSettings) -> Path:
+    """Where the pictures of one exemplar are kept: a name made of everything that decides them."""
+    decisions = {"weights": weights, "caption": exemplar.caption, "actions": "\n".join(words), **asdict(settings)}
+    name = run_fingerprint(decisions, {"image": exemplar.image})
+    return Path(folder_paths.get_temp_directory()) / FOLDER / f"{name}.safetensors"
+
+
+def _read(file: Path) -> tuple[Tensor, ...]:
+    return tuple(read_safetensors(file)[0]["pictures"])

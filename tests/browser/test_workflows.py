@@ -1,0 +1,63 @@
+"""The shipped workflows as an artist meets them: opened from the template browser, run, watched, stopped."""
+
+import json
+
+import pytest
+
+pytest.importorskip("playwright", reason="The Python package playwright is not installed: make test installs it")
+import prompts
+from comfy_server import PACK, PACK_NAME
+from frontend import CHROMIUM
+
+if CHROMIUM is None:
+    pytest.skip("No chromium was found: install it (Debian: apt-get install chromium)", allow_module_level=True)
+
+WORKFLOWS = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
+PANEL = ".concept-atelier-panel"
+
+
+def types_of(prompt):
+    return {i: node["class_type"] for i, node in prompt.items()}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_opens_runs_and_shows_its_progress(page, usual_errors, tmp_path, name):
+    page.open_template(PACK_NAME, name)
+    shipped = json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    assert sorted(page.node_types()) == sorted(node["type"] for node in shipped["nodes"])
+    assert page.unknown_types() == []
+    assert page.prompt() == prompts.shipped(name)
+    page.screenshot(str(tmp_path / f"{name}_opened.png"))
+
+    page.set_widgets(prompts.SMALL)
+    assert page.prompt() == prompts.small(prompts.shipped(name))
+    page.listen()
+    page.queue()
+    assert page.wait_for_end(240) == "success"
+    page.page.wait_for_timeout(500)
+    page.screenshot(str(tmp_path / f"{name}_run.png"))
+    trained = {i for i, kind in types_of(prompts.shipped(name)).items() if kind == "AtelierTrain"}
+    for kind in ("concept-atelier.train", "progress", "b_preview_with_metadata"):
+        assert trained <= {str(event["node"]) for event in page.events(kind)}, kind
+    panels = page.page.locator(PANEL)
+    assert panels.count() == len(trained)
+    for text in panels.all_inner_texts():
+        assert "step 6 / 6" in text
+    assert page.page.get_by_role("button", name="Stop and keep").first.is_disabled()
+    assert [error for error in page.errors if error not in usual_errors] == []
+
+
+def test_stop_and_keep_ends_the_training_and_goes_on(page):
+    page.load(json.loads((PACK / "workflows" / "adi_toy.json").read_text(encoding="utf-8")))
+    page.set_widgets(prompts.SMALL)
+    # Another seed for each way of drawing: a finished run would return at once.
+    page.set_widgets({"AtelierTrain": {"steps": 100_000, "sample_every": 0, "seed": len(page.drawing)}})
+    page.listen()
+    page.queue()
+    for _ in range(list(types_of(page.prompt()).values()).count("AtelierTrain")):
+        button = page.page.locator(f"{PANEL} button:enabled")
+        button.wait_for(timeout=120_000)
+        button.click()
+        page.page.locator(f"{PANEL} button:enabled").wait_for(state="detached", timeout=60_000)
+    assert page.wait_for_end(240) == "success"
+    assert all(" / 100000" in text for text in page.page.locator(PANEL).all_inner_texts())

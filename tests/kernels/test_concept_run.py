@@ -1,0 +1,186 @@
+"""A run is named by what decides it, saved as it goes, resumed, continued, returned at once."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from concept_atelier.kernels.concept import load_concept, save_concept
+from concept_atelier.kernels.concept_run import ConceptRun, SamplePlan
+from concept_atelier.kernels.diffusers_backbone import DiffusersBackbone
+from concept_atelier.kernels.exemplars import Exemplar
+from concept_atelier.kernels.gradient_mask import GradientMask
+from concept_atelier.kernels.gradient_rules import MaskedTriples
+from concept_atelier.kernels.layouts import Layout
+from concept_atelier.kernels.training import TrainingSettings
+from concept_atelier.toyworld.model import load_toy
+
+
+class Recorder:
+    """A report that remembers, and stops or cancels where told."""
+
+    def __init__(self, stop_at: int = 0, cancel_at: int = 0) -> None:
+        self.steps, self.grids, self.stop_at, self.cancel_at = [], [], stop_at, cancel_at
+
+    @property
+    def stop_requested(self) -> bool:
+        return bool(self.steps) and self.steps[-1] == self.stop_at
+
+    def step(self, step, loss_history, stats) -> None:
+        self.steps.append(step)
+        assert len(loss_history) == step and set(stats) == {"overlap", "overlap_if_independent", "kept"}
+        if step == self.cancel_at:
+            raise KeyboardInterrupt
+
+    def samples(self, image_grid) -> None:
+        self.grids.append(image_grid)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> DiffusersBackbone:
+    return DiffusersBackbone.from_toy(load_toy(random_weights=True))
+
+
+def a_run(steps: int = 4, **changes) -> ConceptRun:
+    images = torch.rand(4, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    run = ConceptRun(
+        name="act",
+        init_word="poses",
+        exemplars=tuple(Exemplar(images[i], "a man {} on grass", None, (images[i + 2],)) for i in range(2)),
+        layout=Layout("block"),
+        rule=MaskedTriples(GradientMask()),
+        settings=TrainingSettings(steps=steps, learning_rate=1e-2),
+        samples=SamplePlan(("a cat {}", "a dog"), every=2, steps=2),
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def vectors(concept) -> torch.Tensor:
+    return concept.vectors["l"]
+
+
+def test_samples_come_before_during_and_after(backbone, tmp_path):
+    report = Recorder()
+    _, _, samples = a_run().learn(backbone, tmp_path, report)
+    assert report.steps == [1, 2, 3, 4] and len(report.grids) == 3
+    assert samples.shape == (2, 64, 64, 3) and report.grids[0].shape == (64, 128, 3)
+
+
+def test_running_again_returns_at_once_and_more_steps_continue(backbone, tmp_path):
+    first, _, samples = a_run().learn(backbone, tmp_path, Recorder())
+    again = Recorder()
+    second, _, same_samples = a_run().learn(backbone, tmp_path, again)
+    assert again.steps == [] and torch.equal(vectors(first), vectors(second)) and torch.equal(samples, same_samples)
+    more = Recorder()
+    longer, _, _ = a_run(6).learn(backbone, tmp_path, more)
+    whole, _, _ = a_run(6).learn(backbone, tmp_path / "elsewhere", Recorder())
+    assert more.steps == [5, 6] and torch.equal(vectors(longer), vectors(whole))
+
+
+def test_a_cancelled_run_resumes_bit_for_bit(backbone, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        a_run().learn(backbone, tmp_path, Recorder(cancel_at=3))
+    rest = Recorder()
+    resumed, state, _ = a_run().learn(backbone, tmp_path, rest)
+    whole, whole_state, _ = a_run().learn(backbone, tmp_path / "elsewhere", Recorder())
+    assert rest.steps == [4] and torch.equal(vectors(resumed), vectors(whole)) and state.losses == whole_state.losses
+
+
+def test_stop_and_keep_ends_well_and_is_kept(backbone, tmp_path):
+    stopped, state, _ = a_run().learn(backbone, tmp_path, Recorder(stop_at=2))
+    assert state.step == 2 and stopped.metadata["steps"] == "2"
+    again = Recorder()
+    kept, _, _ = a_run().learn(backbone, tmp_path, again)
+    assert again.steps == [] and torch.equal(vectors(stopped), vectors(kept))
+    more = Recorder()
+    a_run(5).learn(backbone, tmp_path, more)
+    assert more.steps == [3, 4, 5]
+
+
+def test_starting_fresh_forgets(backbone, tmp_path):
+    a_run().learn(backbone, tmp_path, Recorder())
+    report = Recorder()
+    a_run().learn(backbone, tmp_path, report, start_fresh=True)
+    assert report.steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_word": "stands"},
+        {"layout": Layout("prompt")},
+        {"rule": MaskedTriples(GradientMask(beta=0.5))},
+        {"settings": TrainingSettings(steps=4, learning_rate=1e-3)},
+        {"exemplars": a_run().exemplars[::-1]},
+    ],
+)
+def test_whatever_decides_the_result_names_the_run(backbone, change):
+    assert a_run(**change).fingerprint(backbone) != a_run().fingerprint(backbone)
+    assert a_run(99).fingerprint(backbone) == a_run().fingerprint(backbone)
+
+
+def test_another_model_is_another_run(backbone):
+    toy = load_toy(random_weights=True)
+    toy.unet.conv_in.weight.data += 0.01
+    assert a_run().fingerprint(DiffusersBackbone.from_toy(toy)) != a_run().fingerprint(backbone)
+
+
+def test_what_cannot_be_learned_is_refused_before_any_work(backbone, tmp_path):
+    with pytest.raises(ValueError, match="init word"):
+        a_run(init_word="raises both arms").learn(backbone, tmp_path, Recorder())
+    with pytest.raises(ValueError, match='name "my act"'):
+        a_run(name="my act")
+    with pytest.raises(ValueError, match="<other>"):
+        a_run(samples=SamplePlan(("a cat <other>",)))
+    with pytest.raises(ValueError, match="no exemplars"):
+        a_run(exemplars=())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(backbone, tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    report = Recorder()
+    with pytest.raises(ValueError, match="runs"):
+        a_run().learn(backbone, tmp_path / "runs", report)
+    assert report.steps == []
+
+
+def test_a_damaged_state_is_named(backbone, tmp_path):
+    a_run().learn(backbone, tmp_path, Recorder())
+    (state,) = tmp_path.rglob("state.safetensors")
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged"):
+        a_run().learn(backbone, tmp_path, Recorder())
+
+
+def test_a_concept_survives_its_file(backbone, tmp_path):
+    concept, _, _ = a_run(2).learn(backbone, tmp_path, Recorder())
+    save_concept(tmp_path / "act.safetensors", concept, {"workflow": "{}"})
+    loaded = load_concept(tmp_path / "act.safetensors")
+    assert torch.equal(vectors(loaded), vectors(concept))
+    assert (loaded.name, loaded.layout, loaded.family, loaded.layers) == (
+        "act",
+        Layout("block"),
+        "toy",
+        backbone.layers,
+    )
+    assert loaded.metadata["init_word"] == "poses" and loaded.metadata["workflow"] == "{}"
+
+
+def test_a_concept_is_refused_where_it_does_not_fit(backbone, tmp_path):
+    concept, _, _ = a_run(1).learn(backbone, tmp_path, Recorder())
+    concept.check_fits("toy", {"l": 128}, backbone.layers)
+    with pytest.raises(ValueError, match=r"learned on toy.*this sd1 model"):
+        concept.check_fits("sd1", {"l": 768})
+    with pytest.raises(ValueError, match="7 cross-attention layers"):
+        concept.check_fits("toy", {"l": 128}, backbone.layers[:5])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file at all, but long enough to have a header"])
+def test_damaged_concept_files_are_named(tmp_path: Path, content):
+    file = tmp_path / "broken.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.safetensors is damaged"):
+        load_concept(file)
+    with pytest.raises(ValueError, match=r"no file .*missing"):
+        load_concept(tmp_path / "missing.safetensors")

@@ -1,0 +1,288 @@
+"""Exemplars, triples, token layouts and gradient rules: what goes in, what comes out, and every refusal."""
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from comfy_extras.nodes_dataset import LoadImageTextDataSetFromFolderNode
+from concept_atelier.kernels.gradient_mask import GradientMask
+from concept_atelier.kernels.layouts import Layout
+from concept_atelier.nodes.data import AtelierExemplars, AtelierTriples
+from concept_atelier.nodes.gradient import AtelierGradientMask
+from concept_atelier.nodes.native import context_pictures
+from concept_atelier.nodes.native import toy as native
+from concept_atelier.nodes.native.pictures import contact_sheet, cover, opaque
+from concept_atelier.nodes.tokens import AtelierTokenLayout
+from concept_atelier.toyworld import model as toyworld
+from PIL import Image
+
+CAPTION = "a man {} on grass"
+QUICK = {
+    "other_actions": "stands\nsits\n\nkicks",
+    "pictures_per_exemplar": 2,
+    "context_steps": 2,
+    "context_rank": 2,
+    "context_learning_rate": 1e-3,
+    "sampling_steps": 2,
+    "cfg": 2.0,
+    "seed": 0,
+}
+
+
+def pictures(count: int, height: int = 64, width: int = 64, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, height, width, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def exemplars(images, captions=(CAPTION,), size=0, masks=None):
+    output = AtelierExemplars.execute(images=list(images), captions=list(captions), size=[size], masks=masks)
+    return output.args[0], output.ui.as_dict()["text"][0]
+
+
+@pytest.fixture(autouse=True)
+def temp_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def toy() -> native.ToyParts:
+    parts = toyworld.load_toy(random_weights=True)
+    state = (parts.unet.state_dict(), toyworld.text_encoder_state(parts.text_encoder), parts.autoencoder.state_dict())
+    with torch.inference_mode():
+        return native.build_toy(*state)
+
+
+class TestExemplars:
+    def test_a_batch_with_one_caption_for_all(self):
+        batch = pictures(3)
+        made, note = exemplars([batch])
+        assert [e.caption for e in made] == [CAPTION] * 3
+        assert all(torch.equal(e.image, image) for e, image in zip(made, batch))
+        assert all(e.mask is None and e.other_actions == () for e in made)
+        assert note == "3 exemplars of 64 x 64."
+
+    def test_a_caption_a_line(self):
+        made, _ = exemplars([pictures(2)], ["a man {} on grass\n\n  a cat {} \n"])
+        assert [e.caption for e in made] == ["a man {} on grass", "a cat {}"]
+
+    def test_a_list_with_a_text_for_each(self):
+        made, _ = exemplars([pictures(1), pictures(1, seed=1)], ["a man {}\non grass", "a cat {}"])
+        assert [e.caption for e in made] == ["a man {} on grass", "a cat {}"]
+
+    def test_what_core_dataset_nodes_load(self, tmp_path, monkeypatch):
+        folder = tmp_path / "input" / "salute"
+        folder.mkdir(parents=True)
+        for name, size in (("a", (64, 64)), ("b", (96, 64))):
+            Image.new("RGB", size, "teal").save(folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text(f"{name} {{}} on grass")
+        monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+        images, texts = LoadImageTextDataSetFromFolderNode.execute("salute").args
+        made, _ = exemplars(images, texts)
+        assert sorted(e.caption for e in made) == ["a {} on grass", "b {} on grass"]
+        assert len({e.image.shape for e in made}) == 1
+
+    def test_pictures_of_unequal_size_are_cut_to_the_first_and_it_is_said(self):
+        made, note = exemplars([pictures(1, 64, 48), pictures(2, 100, 200)])
+        assert all(e.image.shape == (64, 48, 3) for e in made)
+        assert note == "3 exemplars of 48 x 64.\n2 of 200 x 100 resized to cover 48 x 64, the middle kept."
+
+    def test_sizes_become_multiples_of_eight_and_it_is_said(self):
+        made, note = exemplars([pictures(1, 67, 70)])
+        assert made[0].image.shape == (64, 64, 3)
+        assert "1 of 70 x 67 resized to cover 64 x 64" in note and "multiples of 8" in note
+
+    def test_a_size_of_ones_own(self):
+        made, _ = exemplars([pictures(1, 64, 48)], size=32)
+        assert made[0].image.shape == (32, 32, 3)
+
+    def test_what_is_cut_off_is_the_border(self):
+        wide = torch.zeros(1, 64, 128, 3)
+        wide[:, :, 32:96] = 1
+        assert cover(wide, 64, 64).min() > 0.99
+
+    def test_transparent_becomes_white(self):
+        image = pictures(1, channels=4)
+        image[..., 3] = 0
+        image[:, :8, :, 3] = 1
+        solid = opaque(image)
+        assert torch.equal(solid[:, :8], image[:, :8, :, :3]) and (solid[:, 8:] == 1).all()
+        made, _ = exemplars([image])
+        assert torch.equal(made[0].image, solid[0])
+
+    def test_a_mask_is_cut_like_its_picture(self):
+        wide, mask = torch.zeros(1, 64, 128, 3), torch.zeros(1, 64, 128)
+        wide[:, 16:48, 48:80] = 1
+        mask[:, 16:48, 48:80] = 1
+        made, note = exemplars([wide], size=32, masks=[mask])
+        assert made[0].mask.shape == (32, 32)
+        assert (made[0].mask - made[0].image[..., 0]).abs().mean() < 0.05
+        assert note.startswith("1 exemplars of 32 x 32, with masks.")
+
+    def test_a_mask_of_another_size_is_fitted_to_its_picture(self):
+        mask = torch.zeros(32, 32)
+        mask[:16] = 1
+        made, _ = exemplars([pictures(1)], masks=[mask])
+        assert made[0].mask.shape == (64, 64)
+        assert made[0].mask[:30].min() > 0.9 and made[0].mask[34:].max() < 0.1
+
+    @pytest.mark.parametrize(
+        "images, captions, masks, sentence",
+        [
+            ([pictures(2)], ["a man {}\na cat on grass"], None, 'Caption 2 on "captions", "a cat on grass", has 0'),
+            ([pictures(1)], ["a {} man {}"], None, "has 2 blanks: put exactly one {}"),
+            ([pictures(2)], ["a {}", ""], None, 'Caption 2 on "captions", "", has 0 blanks'),
+            ([pictures(3)], ["a {}\nb {}"], None, '3 pictures on "images" but 2 captions on "captions": write one'),
+            ([pictures(3)], [""], None, "but 0 captions"),
+            ([pictures(0)], [CAPTION], None, 'no picture on "images": connect'),
+            ([pictures(2)], [CAPTION], [torch.ones(1, 64, 64)], '2 pictures on "images" but 1 masks on "masks"'),
+            ([pictures(2)], [CAPTION], [torch.ones(1, 8, 8), torch.zeros(1, 8, 8)], 'Mask 2 on "masks" is empty'),
+        ],
+    )
+    def test_bad_input_gives_a_sentence(self, images, captions, masks, sentence):
+        with pytest.raises(ValueError) as error:
+            exemplars(images, captions, masks=masks)
+        assert sentence in str(error.value)
+
+
+class TestTriplesOfOnesOwnPictures:
+    def test_they_are_shared_out_in_order(self):
+        made, _ = exemplars([pictures(2)])
+        own = pictures(6, 80, 80, seed=3)
+        triples, sheet = AtelierTriples.execute(made, other_action_pictures=own, **QUICK).args
+        assert [len(e.other_actions) for e in triples] == [3, 3]
+        assert torch.equal(triples[1].other_actions[0], cover(own, 64, 64)[3])
+        assert [e.caption for e in triples] == [CAPTION] * 2
+        assert sheet.shape[0] == 1 and sheet.shape[3] == 3
+
+    def test_one_exemplar_is_refused(self):
+        made, _ = exemplars([pictures(1)])
+        with pytest.raises(ValueError, match=r"There is one picture .* connect at least two"):
+            AtelierTriples.execute(made, other_action_pictures=pictures(4), **QUICK)
+
+    @pytest.mark.parametrize("count", [5, 1, 0])
+    def test_a_number_that_cannot_be_shared_out_is_refused(self, count):
+        made, _ = exemplars([pictures(2)])
+        with pytest.raises(ValueError, match=f'The {count} pictures on "other_action_pictures" cannot be shared out'):
+            AtelierTriples.execute(made, other_action_pictures=pictures(count), **QUICK)
+
+    def test_nothing_to_paint_with_is_refused(self):
+        made, _ = exemplars([pictures(2)])
+        with pytest.raises(ValueError, match=r"Connect your own pictures .* not connected: model, clip, vae"):
+            AtelierTriples.execute(made, **QUICK)
+
+    def test_no_action_to_paint_is_refused(self, toy):
+        made, _ = exemplars([pictures(2)])
+        with pytest.raises(ValueError, match='"other_actions" is empty'):
+            AtelierTriples.execute(made, **{**QUICK, **toy._asdict(), "other_actions": " \n"})
+
+
+class TestPaintedTriples:
+    """As the executor runs them: in inference mode."""
+
+    @torch.inference_mode()
+    def test_each_exemplar_gets_its_pictures_and_no_weight_changes(self, toy):
+        made, _ = exemplars([pictures(2)])
+        modules = (toy.model.model.diffusion_model, toy.clip.cond_stage_model, toy.vae.first_stage_model)
+        hashes = [all_bytes(module) for module in modules]
+        triples, _ = AtelierTriples.execute(made, **QUICK, **toy._asdict()).args
+        assert [[p.shape for p in e.other_actions] for e in triples] == [[(64, 64, 3)] * 2] * 2
+        assert [all_bytes(module) for module in modules] == hashes
+        assert torch.is_inference_mode_enabled()
+
+    @torch.inference_mode()
+    def test_the_seed_decides(self, toy, temp_folder):
+        made, _ = exemplars([pictures(2)])
+
+        def painted(seed: int) -> torch.Tensor:
+            for file in temp_folder.rglob("*.safetensors"):
+                file.unlink()
+            triples, _ = AtelierTriples.execute(made, **{**QUICK, "seed": seed}, **toy._asdict()).args
+            return torch.stack([p for e in triples for p in e.other_actions])
+
+        first = painted(1)
+        assert torch.equal(painted(1), first)
+        assert not torch.equal(painted(2), first)
+
+    @torch.inference_mode()
+    def test_a_cancel_keeps_finished_exemplars(self, toy, monkeypatch):
+        made, _ = exemplars([pictures(3)])
+        painted = []
+        paint = context_pictures.paint_other_actions
+
+        def counting(backbone, exemplar, *rest):
+            painted.append(exemplar)
+            return paint(backbone, exemplar, *rest)
+
+        def cancel_with_the_first_preview(value, total, preview, node_id):
+            if preview is not None:
+                comfy.model_management.interrupt_current_processing(True)
+
+        monkeypatch.setattr(context_pictures, "paint_other_actions", counting)
+        monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", cancel_with_the_first_preview)
+        before = all_bytes(toy.model.model)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            AtelierTriples.execute(made, **QUICK, **toy._asdict())
+        assert painted == [made[0], made[1]]
+        assert all_bytes(toy.model.model) == before
+
+        monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
+        triples, _ = AtelierTriples.execute(made, **QUICK, **toy._asdict()).args
+        assert painted == [made[0], made[1], made[1], made[2]]
+        assert [len(e.other_actions) for e in triples] == [2, 2, 2]
+
+    @torch.inference_mode()
+    def test_progress_counts_every_step_and_shows_pictures(self, toy, monkeypatch):
+        made, _ = exemplars([pictures(2)])
+        shown = []
+        monkeypatch.setattr(
+            comfy.utils,
+            "PROGRESS_BAR_HOOK",
+            lambda value, total, preview, node_id: shown.append((value, total, preview is not None)),
+        )
+        AtelierTriples.execute(made, **QUICK, **toy._asdict())
+        each = QUICK["context_steps"] + 2 * QUICK["sampling_steps"]
+        assert {total for _, total, _ in shown} == {2 * each}
+        assert [value for value, _, preview in shown if preview] == [each, 2 * each]
+        assert [value for value, _, _ in shown] == sorted(value for value, _, _ in shown)
+
+
+def all_bytes(module: torch.nn.Module) -> int:
+    return hash(b"".join(v.detach().cpu().numpy().tobytes() for v in module.state_dict().values()))
+
+
+def test_a_contact_sheet_has_a_row_for_each_exemplar():
+    red, green, blue = (torch.eye(3)[i].expand(16, 16, 3) for i in range(3))
+    sheet = contact_sheet([[[red], [green, blue]], [[blue], [red]]], ["one", "two"])[0]
+    assert torch.equal(sheet[20 + 64, 64], torch.tensor([1.0, 0, 0]))
+    assert torch.equal(sheet[20 + 132 + 64, 64], torch.tensor([0, 0, 1.0]))
+    assert torch.equal(sheet[20 + 64, 132 + 8 + 64], torch.tensor([0, 1.0, 0]))
+    assert torch.equal(sheet[20 + 64, 132 + 8 + 132 + 64], torch.tensor([0, 0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "shown, granularity", [("one token", "prompt"), ("per block", "block"), ("per layer", "layer")]
+)
+def test_token_layouts(shown, granularity):
+    assert AtelierTokenLayout.execute(shown, 2).args == (Layout(granularity=granularity, tokens=2),)
+
+
+def test_the_gradient_rule_has_every_setting():
+    rule = GradientMask(
+        beta=0.3, merge="union", strategy="random", target="update", share_noise=False, share_timestep=False
+    )
+    assert AtelierGradientMask.execute(0.3, "union", "random", "update", False, False).args == (rule,)
+
+
+def test_the_defaults_of_the_gradient_rule_are_the_papers():
+    defaults = {i.id: i.default for i in AtelierGradientMask.define_schema().inputs}
+    assert AtelierGradientMask.execute(**defaults).args == (GradientMask(),)
+
+
+@pytest.mark.parametrize(
+    "node", [AtelierExemplars, AtelierTriples, AtelierTokenLayout, AtelierGradientMask], ids=lambda n: n.__name__
+)
+def test_every_input_and_output_is_explained(node):
+    schema = node.define_schema()
+    assert schema.node_id == node.__name__ and schema.description
+    assert all(i.tooltip for i in [*schema.inputs, *schema.outputs])

@@ -1,0 +1,156 @@
+"""AtelierTrain on real ComfyUI objects: only vectors change, cancel and resume are exact, bad input is named."""
+
+import hashlib
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from comfy_api.latest._io import HiddenHolder
+from concept_atelier.kernels.exemplars import Exemplar
+from concept_atelier.kernels.gradient_mask import GradientMask
+from concept_atelier.kernels.layouts import Layout
+from concept_atelier.nodes.native.live import LiveReport, stop_requests
+from concept_atelier.nodes.train import AtelierTrain
+
+NODE_ID = "12"
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_prompt(monkeypatch, tmp_path):
+    monkeypatch.setattr(AtelierTrain, "hidden", HiddenHolder.from_dict({"UNIQUE_ID": NODE_ID}), raising=False)
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    yield
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def exemplars(captions: str = "a man {} here", count: int = 2) -> tuple[Exemplar, ...]:
+    images = torch.rand(2 * count, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    return tuple(Exemplar(images[i], captions, None, (images[count + i],)) for i in range(count))
+
+
+def train(tiny_model, **changes):
+    """Run the node as the executor does: in inference mode."""
+    values = {
+        "exemplars": exemplars(),
+        "layout": Layout("block"),
+        "gradient_rule": GradientMask(),
+        "name": "act",
+        "init_word": "action",
+        "steps": 3,
+        "learning_rate": 1e-2,
+        "batch_size": 1,
+        "seed": 0,
+        "sample_prompts": "",
+        "sample_every": 0,
+        "weight_decay": 0.0,
+        "timestep_sampling": "uniform",
+        "use_masks": True,
+        "sample_steps": 2,
+        "sample_cfg": 3.0,
+        "start_fresh": False,
+    }
+    with torch.inference_mode():
+        return AtelierTrain.execute(tiny_model.model, tiny_model.clip, tiny_model.vae, **{**values, **changes})
+
+
+def digest(tiny_model) -> str:
+    parts = (tiny_model.model.model, tiny_model.clip.cond_stage_model, tiny_model.vae.first_stage_model)
+    hashes = hashlib.sha256()
+    for part in parts:
+        for weight in part.state_dict().values():
+            hashes.update(weight.numpy().tobytes())
+    return hashes.hexdigest()
+
+
+def cancel_at(monkeypatch, step: int) -> None:
+    """Press Cancel once `step` steps are reported, as the interface does."""
+    stock = LiveReport.step
+
+    def step_then_cancel(self, done, losses, stats):
+        stock(self, done, losses, stats)
+        if done == step:
+            comfy.model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(LiveReport, "step", step_then_cancel)
+
+
+def test_only_the_vectors_change(any_tiny):
+    before = digest(any_tiny)
+    concept, _, loss_map = train(any_tiny, steps=1).args
+    assert digest(any_tiny) == before
+    assert len(loss_map["loss"]) == 1
+    for tower, vectors in concept.vectors.items():
+        start = train(any_tiny, steps=1, learning_rate=0.0).args[0].vectors[tower]
+        assert vectors.shape[0] == (11 if concept.family == "sdxl" else 16)
+        moved = (vectors != start).double().mean().item()
+        assert 0.02 < moved < 0.4  # the mask lets about an eighth through at beta 0.6
+
+
+def test_cancel_keeps_the_work_and_resuming_is_exact(tiny, monkeypatch, tmp_path):
+    whole = train(tiny("sd1"), steps=4).args
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        cancel_at(patch, 2)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            train(tiny("sd1"), steps=4)
+    resumed = train(tiny("sd1"), steps=4).args
+    assert resumed[2]["loss"] == whole[2]["loss"]
+    assert torch.equal(resumed[0].vectors["l"], whole[0].vectors["l"])
+
+
+def test_stop_and_keep_ends_the_run(tiny, monkeypatch):
+    stock = LiveReport.step
+
+    def step_then_stop(self, done, losses, stats):
+        stock(self, done, losses, stats)
+        stop_requests.add(NODE_ID)
+
+    monkeypatch.setattr(LiveReport, "step", step_then_stop)
+    concept, _, loss_map = train(tiny("sd1"), steps=50).args
+    assert len(loss_map["loss"]) == 1 and concept.metadata["steps"] == "1"
+
+
+def test_samples_are_painted_and_shown(tiny):
+    output = train(tiny("sd1"), sample_prompts="a cat {}\na dog", sample_every=2)
+    samples = output.args[1]
+    assert samples.shape == (2, 64, 64, 3) and samples.min() >= 0 and samples.max() <= 1
+    assert output.ui.as_dict()["images"]
+
+
+def test_without_sample_prompts_what_is_connected_to_samples_is_told(tiny):
+    assert "sample_prompts" in train(tiny("sd1"), steps=1).args[1].message
+
+
+def test_a_finished_run_returns_at_once(tiny, monkeypatch):
+    first = train(tiny("sd1")).args[0]
+    monkeypatch.setattr("concept_atelier.kernels.concept_run.train", None)  # training again would fail
+    assert torch.equal(train(tiny("sd1")).args[0].vectors["l"], first.vectors["l"])
+
+
+def test_one_token_on_sdxl_learns_in_both_towers(tiny):
+    concept = train(tiny("sdxl"), layout=Layout("prompt"), gradient_rule=None).args[0]
+    assert {tower: v.shape for tower, v in concept.vectors.items()} == {"l": (1, 1, 24), "g": (1, 1, 40)}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"exemplars": exemplars("a man sits")}, "exactly one blank"),
+        ({"exemplars": exemplars(count=1)}, "at least two exemplars"),
+        ({"init_word": "antidisestablishmentarianism"}, "init word .* pieces"),
+        ({"name": "my act"}, 'name "my act"'),
+        ({"sample_prompts": "a cat <dog>"}, "<dog>.*<act>"),
+        ({"learning_rate": 1e38, "steps": 5}, "not finite at step 2; the vectors of step 1 are kept"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tiny, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train(tiny("sd1"), **change)
+
+
+def test_an_unwritable_output_folder_is_named(tiny, monkeypatch, tmp_path):
+    (tmp_path / "full").write_text("no folder")
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "full"))
+    with pytest.raises(ValueError, match="full"):
+        train(tiny("sd1"))

@@ -1,0 +1,43 @@
+"""The shipped workflows through /prompt: the API forms as they are, made small, on the stock loaders."""
+
+import prompts
+import pytest
+from comfy_server import PACK
+from PIL import Image
+
+WORKFLOWS = sorted(path.stem for path in (PACK / "workflows" / "api").glob("*.json"))
+FIGURES = 40  # a picture has far more than this many colours; a blank one has one
+
+
+def test_both_workflows_are_here():
+    assert {"adi_toy", "adi_sd"} <= set(WORKFLOWS)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_it_runs(server, name):
+    prompt = prompts.small(prompts.shipped(name))
+    outcome = server.run(prompt)
+    assert outcome.status == "success", outcome.error
+    assert set(outcome.executed) == set(prompt)
+
+    trained = {i for i, entry in prompt.items() if entry["class_type"] == "AtelierTrain"}
+    assert {event["node"] for event in outcome.training} == trained
+    assert trained <= set(outcome.previews)
+    for event in outcome.training:
+        assert event["loss"] > 0
+
+    for i, entry in prompt.items():
+        if entry["class_type"] not in ("SaveImage", "PreviewImage"):
+            continue
+        for image in outcome.outputs[i]["images"]:
+            with Image.open(server.folder / image["type"] / image["subfolder"] / image["filename"]) as picture:
+                assert picture.convert("RGB").getcolors(FIGURES) is None, f"{entry} painted nothing"
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_again_it_returns_at_once(server, name):
+    prompt = prompts.small(prompts.shipped(name))
+    assert server.run(prompt).status == "success"
+    again = server.run(prompt)
+    assert again.status == "success"
+    assert again.executed == []
