@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..kernels.concept import new_vectors
 from ..kernels.diffusers_backbone import DiffusersBackbone, Tower
@@ -31,6 +35,7 @@ from ..kernels.schedule import NoiseSchedule
 from ..kernels.training import TrainingSettings, draw_anchors, draw_timesteps, step_generator, train
 from ..toyworld.autoencoder import PATCH
 from ..toyworld.model import ToyModel, load_toy
+from .plain_adi import PlainADI
 
 TARGET = 0.65
 NAME = "action"
@@ -60,7 +65,10 @@ class Task:
 
 
 class Report(NamedTuple):
-    """What one side measured: seconds and CPU seconds of each step, peak memory in bytes, its vectors (L, d)."""
+    """What one side measured: seconds and CPU seconds of each step, bytes at most held, its vectors (L, d).
+
+    On a CPU the bytes are those of the process beyond the imported libraries, on a GPU those of tensors.
+    """
 
     seconds: list[float]
     cpu_seconds: list[float]
@@ -72,9 +80,6 @@ def build_parts(task: Task) -> ToyModel:
     """The networks of a task with random weights, the same each time."""
     parts = load_toy(random_weights=True)
     if task.model == "sd1":
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
         torch.manual_seed(0)
         # diffusers' defaults have SD1.5's widths, blocks and heads.
         unet = UNet2DConditionModel(sample_size=task.latent, cross_attention_dim=768)
@@ -124,8 +129,6 @@ def plain_side(
     parts: ToyModel, data: EncodedExemplars, settings: TrainingSettings
 ) -> tuple[Step, Callable[[], Tensor]]:
     """The plain implementation on what the training loop would draw for the step."""
-    from .plain_adi import PlainADI
-
     plain = PlainADI(
         parts.unet,
         parts.text_encoder,
@@ -151,14 +154,10 @@ def plain_side(
 SIDES = {"plain": plain_side, "ours": our_side}
 
 
-def peak_memory(device: str) -> int:
-    """Bytes at most held so far: on the GPU by tensors, else by this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def process_memory(field: str) -> int:
+    """Bytes of this process as Linux counts them: "VmRSS", held now, or "VmHWM", held at most so far."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) * 1024
 
 
 def run_side(side: str, task: Task, connection: Connection) -> None:
@@ -179,7 +178,8 @@ def run_side(side: str, task: Task, connection: Connection) -> None:
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
         connection.send("done")
-    connection.send(Report(seconds, cpu_seconds, peak_memory(task.device) - libraries, vectors().tolist()))
+    peak = torch.cuda.max_memory_allocated() if task.device == "cuda" else process_memory("VmHWM") - libraries
+    connection.send(Report(seconds, cpu_seconds, peak, vectors().tolist()))
 
 
 def measure(task: Task) -> dict[str, Report]:
@@ -250,10 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps and, on a CPU, smaller latents")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and sys.platform == "win32":
-        parser.error(
-            "Windows does not tell the peak memory of a process: run it with a CUDA GPU, or on Linux or macOS."
-        )
+    if device == "cpu" and sys.platform != "linux":
+        parser.error("Only Linux tells how much memory a process held: run it there, or with a CUDA GPU.")
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"ADI, one training step (batch 1, a triple of pictures, one vector a cross-attention layer) on {name}")
     print("plain: three passes, each with all prompts encoded; whole embedding matrix and all weights with gradients")

@@ -21,7 +21,8 @@ from .backbone import native_session
 from .pictures import contact_sheet, to_pil
 
 FOLDER = "concept_atelier_contexts"  # in ComfyUI's temp folder, which it empties when it starts
-PREVIEW_SIZE = 512
+PREVIEW_SIZE = 512  # pixels
+PREVIEW_ROWS = 4
 
 
 def paint_contexts(
@@ -39,21 +40,22 @@ def paint_contexts(
     """
     with native_session(model, clip, vae) as backbone:
         weights = backbone.fingerprint()
-        files = [_file(weights, exemplar, words, settings) for exemplar, words in zip(exemplars, actions)]
-        steps = [settings.total_steps(len(words)) for words in actions]
-        bar = comfy.utils.ProgressBar(sum(steps))
-        for number, (file, exemplar, words) in enumerate(zip(files, exemplars, actions)):
-            done = sum(steps[:number])
-
+        bar = comfy.utils.ProgressBar(sum(settings.total_steps(len(words)) for words in actions))
+        painted: list[tuple[Tensor, ...]] = []
+        done = 0
+        for exemplar, words in zip(exemplars, actions):
+            file = _file(weights, exemplar, words, settings)
             if not file.is_file():
                 pictures = paint_other_actions(
                     backbone, exemplar, words, settings, lambda step, done=done: bar.update_absolute(done + step)
                 )
                 write_safetensors(file, {"pictures": torch.stack(pictures)}, {})
-            painted = [(e, _read(f)) for e, f in zip(exemplars[: number + 1], files)]
-            sheet = contact_sheet([[[e.image], pictures] for e, pictures in painted[-4:]], ["exemplar", "same context"])
-            bar.update_absolute(done + steps[number], preview=("JPEG", to_pil(sheet[0]), PREVIEW_SIZE))
-    return [_read(file) for file in files]
+            painted.append(tuple(read_safetensors(file)[0]["pictures"]))
+            done += settings.total_steps(len(words))
+            rows = [[[e.image], pictures] for e, pictures in zip(exemplars, painted)]
+            sheet = contact_sheet(rows[-PREVIEW_ROWS:], ["exemplar", "same context"])
+            bar.update_absolute(done, preview=("JPEG", to_pil(sheet[0]), PREVIEW_SIZE))
+    return painted
 
 
 def _file(weights: str, exemplar: Exemplar, words: Sequence[str], settings: ContextSettings) -> Path:
@@ -61,7 +63,3 @@ def _file(weights: str, exemplar: Exemplar, words: Sequence[str], settings: Cont
     decisions = {"weights": weights, "caption": exemplar.caption, "actions": "\n".join(words), **asdict(settings)}
     name = run_fingerprint(decisions, {"image": exemplar.image})
     return Path(folder_paths.get_temp_directory()) / FOLDER / f"{name}.safetensors"
-
-
-def _read(file: Path) -> tuple[Tensor, ...]:
-    return tuple(read_safetensors(file)[0]["pictures"])

@@ -114,13 +114,15 @@ class ConceptReader:
         self, executor: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> list[Tensor]:
         patch = ContextPatch(self.numbers)
-        conds = [group and [self._unload(cond, model, timestep, patch) for cond in group] for group in conds]
+        conds = [
+            group and [self._unload(cond, model, x_in.device, timestep, patch) for cond in group] for group in conds
+        ]
         if patch.chunks:
             options = with_patch(model_options.get("transformer_options", {}), "attn2_patch", patch, first=True)
             model_options = {**model_options, "transformer_options": options}
         return executor(model, conds, x_in, timestep, model_options)
 
-    def _unload(self, cond: dict, model: Any, timestep: Tensor, patch: ContextPatch) -> dict:
+    def _unload(self, cond: dict, model: Any, device: torch.device, timestep: Tensor, patch: ContextPatch) -> dict:
         """`cond` without its payload, so that it batches with plain conds; the patch learns the rows of its chunk."""
         if KEY not in cond["model_conds"]:
             return cond
@@ -133,7 +135,10 @@ class ConceptReader:
         if not start.any():  # Conditioning Zero Out: no text at all is what was asked for
             return cond
         self._check(payload, start)
-        patch.chunks[cond["uuid"]] = Chunk(contexts_at(payload.staged, model.model_sampling, timestep), plain.shape[1])
+        contexts = contexts_at(payload.staged, model.model_sampling, timestep)
+        # All rows move at once: layers that share a row do not copy it again.
+        contexts = tuple(TextContext(c.rows.to(device, model.get_dtype_inference()), c.key, c.value) for c in contexts)
+        patch.chunks[cond["uuid"]] = Chunk(contexts, plain.shape[1])
         return cond
 
     def _check(self, payload: ConceptPayload, start: Tensor) -> None:

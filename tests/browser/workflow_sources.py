@@ -216,7 +216,6 @@ TOY_TRAINING = {
     "sample_every": 100,
     "sample_steps": 15,
     "sample_cfg": 3.0,
-    "control_after_generate": "fixed",
 }
 TOY_SAMPLING = {"steps": 25, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 
@@ -276,7 +275,6 @@ def adi_sd() -> Workflow:
             gradient_rule=mask["gradient_rule"],
             name="action",
             sample_prompts="a photo of a panda {}",
-            control_after_generate="fixed",
         )
         w.node("AtelierSaveConcept", concept=trained["concept"])
     with w.group("4  Paint others doing it", PAINT):
