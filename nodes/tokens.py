@@ -24,11 +24,11 @@ class AtelierTokenLayout(io.ComfyNode):
                 io.Combo.Input(
                     "granularity",
                     options=list(GRANULARITIES),
-                    default="per layer",
+                    default="per block",
                     tooltip="one token: all layers share it (Textual Inversion); usable as a stock embedding. "
-                    "per layer: one for each cross-attention layer (P+, ADI section 4.2): 16 in SD1 and SD2, 70 in "
-                    "SDXL. per block: one for each block of layers, 16 in SD1 and SD2, 11 in SDXL: choose this one "
-                    "for SDXL.",
+                    "per block: one for each block of cross-attention layers, 16 in SD1 and SD2 (as in P+ and ADI, "
+                    "section 4.2), 11 in SDXL. per layer: one for each layer, which differs on SDXL alone: 70 there, "
+                    "with 70 text encodings a step.",
                 ),
                 io.Int.Input(
                     "tokens",

@@ -263,7 +263,7 @@ def adi_sd() -> Workflow:
             "*per block*.",
             210,
         )
-        layout = w.node("AtelierTokenLayout", granularity="per layer")
+        layout = w.node("AtelierTokenLayout", granularity="per block")
         mask = w.node("AtelierGradientMask")
         trained = w.node(
             "AtelierTrain",
