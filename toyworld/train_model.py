@@ -4,15 +4,17 @@ import copy
 import math
 import os
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from torch import distributed
 
-from .autoencoder import PATCH, PatchAutoencoder
-from .dataset import RUNS, encode_all, held_out_scenes, patch_weights, training_pictures
+from .autoencoder import PatchAutoencoder
+from .copy_start import start_as_copy
+from .dataset import HELD_OUT_SEED, RUNS
+from .evaluate import prompt_scenes, readings
+from .judge import load_judge
 from .model import (
     SCHEDULER,
     TOKENIZER_FOLDER,
@@ -23,12 +25,12 @@ from .model import (
     text_encoder_state,
 )
 from .render import picture_grid
-from .sampling import sample, token_ids
+from .sampling import sample
 from .tokenizer import load_tokenizer
+from .training_set import PICTURES, TrainingSet, prepare_training_set
 from .vocabulary import caption
-from .weights import AUTOENCODER, TEXT_ENCODER, UNET, WEIGHTS, read_weights, save_weights
+from .weights import AUTOENCODER, JUDGE, TEXT_ENCODER, UNET, WEIGHTS, read_weights, save_weights
 
-PICTURES = 100_000
 BATCH = 16
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 200
@@ -44,66 +46,9 @@ EMA_EVERY = 5
 CHECKPOINT_SECONDS = 150
 EXPORT_SECONDS = 600
 GRID_SECONDS = 300
+GRID_PROMPTS = 48
+GRID_SEED = HELD_OUT_SEED + 3
 CHECKPOINT = RUNS / "model.pt"
-
-
-@dataclass
-class TrainingSet:
-    """What a step needs, in memory; token ids are (with background, without background) x pictures x tokens."""
-
-    latents: torch.Tensor
-    weights: torch.Tensor
-    ids: torch.Tensor
-    empty: torch.Tensor
-
-
-def prepare_training_set() -> TrainingSet:
-    """Encode the cached pictures and captions; written to runs/ on the first call."""
-    cache = RUNS / "latents.pt"
-    if cache.exists():
-        return TrainingSet(**torch.load(cache, mmap=True))
-    data = training_pictures(PICTURES)
-    autoencoder = PatchAutoencoder()
-    autoencoder.load_state_dict(read_weights(WEIGHTS / AUTOENCODER))
-    tokenizer = load_tokenizer(WEIGHTS / TOKENIZER_FOLDER)
-    with_background = [caption(scene) for scene in data.scenes]
-    without = [caption(scene, drop_background=True) for scene in data.scenes]
-    parts = {
-        "latents": encode_all(autoencoder, data.pictures).half(),
-        "weights": torch.cat([patch_weights(part, PATCH) for part in np.array_split(data.masks, 50)]).half(),
-        "ids": torch.stack([token_ids(tokenizer, with_background), token_ids(tokenizer, without)]).short(),
-        "empty": token_ids(tokenizer, [""]).short(),
-    }
-    torch.save(parts, cache)
-    return TrainingSet(**parts)
-
-
-@torch.no_grad()
-def start_as_copy(unet: UNet2DConditionModel) -> None:
-    """Let the untrained network answer with its input, which at high noise is the right answer.
-
-    From random weights, copying many latent channels through a narrow network takes most of the training. The
-    first convolution writes each latent channel and its negative side by side, so that they share a group of the
-    last normalisation; the outermost skip connection carries them there; and silu(x) - silu(-x) = x.
-    """
-    channels = unet.config.in_channels
-    last = unet.up_blocks[-1].resnets[-1]
-    carried = unet.conv_in.out_channels
-    index = torch.arange(channels)
-    unet.conv_in.weight[: 2 * channels] = 0
-    unet.conv_in.weight[2 * index, index, 1, 1] = 1
-    unet.conv_in.weight[2 * index + 1, index, 1, 1] = -1
-    unet.conv_in.bias[: 2 * channels] = 0
-    both = torch.arange(2 * channels)
-    last.conv_shortcut.weight[: 2 * channels] = 0
-    # The skip comes after the features from below in the concatenation.
-    last.conv_shortcut.weight[both, last.conv_shortcut.in_channels - carried + both] = 1
-    last.conv_shortcut.bias[: 2 * channels] = 0
-    for layer in (last.conv2, unet.up_blocks[-1].attentions[-1].proj_out, unet.conv_out):
-        layer.weight.zero_()
-        layer.bias.zero_()
-    unet.conv_out.weight[index, 2 * index, 1, 1] = 1
-    unet.conv_out.weight[index, 2 * index + 1, 1, 1] = -1
 
 
 class ModelTraining:
@@ -170,10 +115,14 @@ class ModelTraining:
         save_weights(toy.unet.state_dict(), WEIGHTS / UNET)
         save_weights(text_encoder_state(toy.text_encoder), WEIGHTS / TEXT_ENCODER)
 
-    def write_grid(self, name: str) -> None:
-        """Sample held-out scenes' captions and write the pictures."""
-        pictures = sample(self.averaged(), [caption(scene) for scene in held_out_scenes(24)], seed=0)
-        picture_grid(list(pictures), 8).save(RUNS / f"grid_{name}.png")
+    def show(self, name: str) -> None:
+        """Sample prompts that are not trained on, write the pictures, and print what the judge reads from them."""
+        scenes = prompt_scenes(GRID_PROMPTS, GRID_SEED)
+        pictures = sample(self.averaged(), [caption(scene) for scene in scenes], seed=0)
+        picture_grid(list(pictures), 12).save(RUNS / f"grid_{name}.png")
+        if (WEIGHTS / JUDGE).exists():
+            right = readings(load_judge(), scenes, pictures)
+            print("judge:", {head: f"{sum(values) / len(values):.0%}" for head, values in right.items()}, flush=True)
 
     def update_average(self) -> None:
         """Follow the parameters, slowly once training is under way."""
@@ -188,7 +137,9 @@ def learning_rate(step: int, done: float) -> float:
     return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * (0.5 * (1 + math.cos(math.pi * falling)) + 0.01)
 
 
-def training_loss(training: ModelTraining, data: TrainingSet, chosen: np.ndarray, rng: np.random.Generator):
+def training_loss(
+    training: ModelTraining, data: TrainingSet, chosen: np.ndarray, rng: np.random.Generator
+) -> torch.Tensor:
     """Noise-prediction error, weighted by the figure's mask and by the noise level."""
     device, count = training.device, len(chosen)
     latents = data.latents[chosen].to(device).float()
@@ -276,12 +227,12 @@ def _worker(rank: int, processes: int, minutes: float, seed: int, device: str) -
             training.export()
             last["export"] = time.time()
         if time.time() - last["grid"] > GRID_SECONDS:
-            training.write_grid(str(training.step * BATCH * processes))
+            training.show(str(training.step * BATCH * processes))
             last["grid"] = time.time()
     if rank == 0:
         training.save_checkpoint()
         training.export()
-        training.write_grid("end")
+        training.show("end")
         print("end", flush=True)
 
 

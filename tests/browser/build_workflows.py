@@ -45,6 +45,9 @@ MAKE_NODES = """(specs) => {
             widget.value = value;
             widget.callback?.(value);
         }
+        // Seeds stay as they are from run to run: a new seed would train anew.
+        for (const widget of node.widgets ?? [])
+            if (widget.options?.values?.includes?.('randomize')) widget.value = 'fixed';
         return node;
     });
     specs.forEach((spec, index) => {
@@ -166,7 +169,6 @@ def write_thumbnails() -> None:
         collage(rows).save(FOLDER / "adi_toy.jpg", quality=88)
         with frontend(server.url) as page:
             page.load(read("adi_sd.json"))
-            page.page.keyboard.press("Escape")  # the dialog about the missing checkpoint
             picture = server.folder / "graph.png"
             page.screenshot(str(picture))
             graph = Image.open(picture).convert("RGB").crop((60, 90, 1740, 1000))

@@ -30,8 +30,6 @@ class Frontend:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(url)
         page.wait_for_function(READY, timeout=120_000)
-        page.wait_for_timeout(1500)  # the template dialog of a first start opens by itself
-        page.keyboard.press("Escape")
 
     def _on_console(self, message: ConsoleMessage) -> None:
         place = message.location.get("url", "")

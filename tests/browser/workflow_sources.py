@@ -176,8 +176,7 @@ def adi_toy() -> Workflow:
                 negative=nothing["CONDITIONING"],
                 latent_image=latent["LATENT"],
                 seed=1,
-                control_after_generate="fixed",
-                **TOY_SAMPLING,
+                    **TOY_SAMPLING,
             )
             decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=toy["VAE"])
             w.node(
@@ -199,7 +198,6 @@ def adi_toy() -> Workflow:
             vae=toy["VAE"],
             words="<adi>",
             seed=1,
-            control_after_generate="fixed",
             **TOY_SAMPLING,
         )
         w.node("PreviewImage", "Attention to <adi>", node_size=(360, 300), images=maps["overlay"])
@@ -299,7 +297,6 @@ def adi_sd() -> Workflow:
             negative=negative["CONDITIONING"],
             latent_image=latent["LATENT"],
             seed=1,
-            control_after_generate="fixed",
             **SD_SAMPLING,
         )
         decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=loader["VAE"])
@@ -315,7 +312,6 @@ def adi_sd() -> Workflow:
             vae=loader["VAE"],
             words="<action>",
             seed=1,
-            control_after_generate="fixed",
             **SD_SAMPLING,
         )
         w.node("PreviewImage", "Attention to <action>", node_size=(420, 460), images=maps["overlay"])

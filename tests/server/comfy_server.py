@@ -51,10 +51,14 @@ class ComfyServer:
 
     def __init__(self, comfyui: Path, folder: Path, packs: dict[str, Path]) -> None:
         self.comfyui, self.folder = comfyui, folder
-        for name in ("models/checkpoints", "input", "output", "custom_nodes", "user"):
+        for name in ("models/checkpoints", "input", "output", "custom_nodes"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         for name, pack in packs.items():
             (folder / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
+        # Without this the frontend greets a new user with a dialog, at some moment of its own choosing.
+        settings = folder / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

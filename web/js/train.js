@@ -144,9 +144,7 @@ app.registerExtension({
     if (!TRAINING_NODES.has(node.comfyClass)) return;
     const panel = new Panel();
     panels.set(node, panel);
-    node.addDOMWidget("training", "concept-atelier.training", panel.root, {
-      serialize: false,
-      getMinHeight: () => HEIGHT,
-    });
+    const options = { serialize: false, getMinHeight: () => HEIGHT }; // not in the prompt,
+    node.addDOMWidget("training", "concept-atelier.training", panel.root, options).serialize = false; // nor in the file
   },
 });
