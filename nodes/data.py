@@ -27,8 +27,9 @@ def captions_of(texts: Sequence[str], count: int) -> list[str]:
 
     Raises ValueError when their number does not fit, and for a caption without its blank.
     """
-    texts = [" ".join(text.split()) for text in (texts[0].splitlines() if len(texts) == 1 else texts)]
-    captions = [text for text in texts if text] if len(texts) != count else texts
+    if len(texts) == 1:
+        texts = [line for line in texts[0].splitlines() if line.strip()]
+    captions = [" ".join(text.split()) for text in texts]
     if len(captions) == 1:
         captions = captions * count
     if len(captions) != count:
@@ -70,7 +71,8 @@ def target_size(first: Tensor, size: int) -> tuple[int, int]:
 
 def size_note(pictures: Sequence[Tensor], height: int, width: int, masked: bool) -> str:
     """What the node says about sizes: how many pictures there are, and which had to be changed."""
-    lines = [f"{len(pictures)} exemplars of {width} x {height}{', with masks' if masked else ''}."]
+    exemplars = "1 exemplar" if len(pictures) == 1 else f"{len(pictures)} exemplars"
+    lines = [f"{exemplars} of {width} x {height}{', with masks' if masked else ''}."]
     sizes = Counter(tuple(picture.shape[:2]) for picture in pictures)
     for (h, w), count in sizes.items():
         if (h, w) != (height, width):

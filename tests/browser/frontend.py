@@ -118,7 +118,12 @@ class Frontend:
 
     def screenshot(self, path: str) -> None:
         """Save what is seen, the whole graph in view."""
-        self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.evaluate(
+            """() => {
+                window.app.canvas.min_font_size_for_lod = 0; // draw words however small
+                window.app.extensionManager.command.execute('Comfy.Canvas.FitView');
+            }"""
+        )
         self.page.wait_for_timeout(800)
         self.page.screenshot(path=path)
 

@@ -204,18 +204,18 @@ def adi_toy() -> Workflow:
     return w
 
 
-# steps, learning_rate: benchmarks.demo uses the same; sampling as the toy model is evaluated (toyworld/sampling.py).
+# The settings of benchmarks/demo.py.
 TOY_TRAINING = {
     "init_word": "poses",
-    "steps": 400,
-    "learning_rate": 5e-3,
-    "batch_size": 4,
+    "steps": 250,
+    "learning_rate": 1e-2,
+    "batch_size": 1,
     "sample_prompts": "a panda {}\na cat {} on the beach",
     "sample_every": 100,
     "sample_steps": 15,
-    "sample_cfg": 3.0,
+    "sample_cfg": 4.0,
 }
-TOY_SAMPLING = {"steps": 25, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+TOY_SAMPLING = {"steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 
 
 def adi_sd() -> Workflow:

@@ -73,6 +73,10 @@ class TestExemplars:
         made, _ = exemplars([pictures(2)], ["a man {} on grass\n\n  a cat {} \n"])
         assert [e.caption for e in made] == ["a man {} on grass", "a cat {}"]
 
+    def test_blank_lines_do_not_count(self):
+        made, _ = exemplars([pictures(2)], ["a man {} on grass\n\n"])
+        assert [e.caption for e in made] == ["a man {} on grass"] * 2
+
     def test_a_list_with_a_text_for_each(self):
         made, _ = exemplars([pictures(1), pictures(1, seed=1)], ["a man {}\non grass", "a cat {}"])
         assert [e.caption for e in made] == ["a man {} on grass", "a cat {}"]
@@ -124,7 +128,7 @@ class TestExemplars:
         made, note = exemplars([wide], size=32, masks=[mask])
         assert made[0].mask.shape == (32, 32)
         assert (made[0].mask - made[0].image[..., 0]).abs().mean() < 0.05
-        assert note.startswith("1 exemplars of 32 x 32, with masks.")
+        assert note.startswith("1 exemplar of 32 x 32, with masks.")
 
     def test_a_mask_of_another_size_is_fitted_to_its_picture(self):
         mask = torch.zeros(32, 32)
