@@ -15,7 +15,7 @@ from .dataset import HELD_OUT_SEED, RUNS, draw_all, to_pictures, to_tensor
 from .judge import Judge, load_judge, truth
 from .model import ToyModel, load_toy
 from .render import picture_grid
-from .sampling import GUIDANCE, STEPS, sample
+from .sampling import ETA, GUIDANCE, STEPS, sample
 from .train_autoencoder import psnr
 from .vocabulary import ACTIONS, COLORED_SUBJECTS, NONE, Scene, caption, draw_scene
 
@@ -89,15 +89,19 @@ def evaluate(toy: ToyModel, judge: Judge, count: int) -> None:
     print(f"autoencoder: {psnr(toy.autoencoder, to_tensor(renders)):.2f} dB")
     report("judge on renders", readings(judge, scenes, renders))
     report("judge on reconstructions", readings(judge, scenes, reconstruct(toy.autoencoder, renders)))
-    pictures = sample(toy, [caption(scene) for scene in scenes], seed=0)
+    captions = [caption(scene) for scene in scenes]
+    deterministic = sample(toy, captions, seed=0, eta=0.0)
+    report(f"model, {STEPS} deterministic DDIM steps, guidance {GUIDANCE}", readings(judge, scenes, deterministic))
+    pictures = sample(toy, captions, seed=0)
     right = readings(judge, scenes, pictures)
-    report(f"model, {STEPS} DDIM steps, guidance {GUIDANCE}", right)
+    report(f"model, {STEPS} DDIM steps with eta {ETA}, guidance {GUIDANCE}", right)
     by_action = {
         action: [value for value, scene in zip(right["action"], scenes) if scene.action == action] for action in ACTIONS
     }
     print("  by action:", ", ".join(f"{action} {sum(v)}/{len(v)}" for action, v in by_action.items() if v))
     RUNS.mkdir(exist_ok=True)
     picture_grid(list(pictures[:GRID_PICTURES]), 12).save(RUNS / "evaluation.png")
+    picture_grid(list(deterministic[:GRID_PICTURES]), 12).save(RUNS / "evaluation_deterministic.png")
 
 
 def main() -> None:

@@ -12,11 +12,10 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.heatmaps import resize
-from .backbone import with_patch
+from .patches import watch_cross_attention
 from .payload import WORDS, Conditioning
 
 KEY = "concept_atelier_attention"
-ATTENTION = "optimized_attention_override"
 
 AREA = (
     "The positive conditioning is limited to an area, and the map of an area does not cover the picture: limit it with "
@@ -92,7 +91,8 @@ class AttentionRecorder:
             if positions and "area" in cond:
                 raise ValueError(AREA)
             call.prompts[cond["uuid"]] = (positions, cond["model_conds"]["c_crossattn"].cond.shape[1])
-        out = executor(model, conds, x_in, timestep, {**model_options, "transformer_options": call.install(options)})
+        watched = watch_cross_attention(options, call.record)
+        out = executor(model, conds, x_in, timestep, {**model_options, "transformer_options": watched})
         if self.left_out and not self.sums:
             has = sorted({f"{place.block} 1/{2**place.level}" for place in self.left_out})
             raise ValueError(f"This MODEL has no cross-attention in the layers asked for, only in {', '.join(has)}.")
@@ -128,40 +128,12 @@ class AttentionRecorder:
 
 
 class CallRecorder:
-    """The patches of one call of the U-Net. prompts: of each positive cond its token positions and its length."""
+    """What one call of the U-Net shows. prompts: of each positive cond its token positions and its length."""
 
     def __init__(self, recorder: AttentionRecorder, step: int) -> None:
         self.recorder = recorder
         self.step = step
         self.prompts: dict[Any, tuple[Sequence[int], int]] = {}
-        self.inside: dict | None = None  # the extra_options of the attn2 that is being computed
-
-    def install(self, options: dict) -> dict:
-        """transformer_options with these patches, around what other nodes have installed."""
-        options = with_patch(options, "attn2_patch", self.enter)
-        options = with_patch(options, "attn2_output_patch", self.leave, first=True)
-        return {**options, ATTENTION: self.around(options.get(ATTENTION))}
-
-    def enter(self, n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
-        self.inside = extra
-        return n, context, value
-
-    def leave(self, n: Tensor, extra: dict) -> Tensor:
-        self.inside = None
-        return n
-
-    def around(self, previous: Callable | None) -> Callable:
-        """The attention function: what was there, its result as it is, after a look at q and k."""
-
-        def attend(function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any):
-            if self.inside is not None:
-                extra, self.inside = self.inside, None
-                self.record(extra, q, k, heads)
-            if previous is None:
-                return function(q, k, v, heads, *args, **kwargs)
-            return previous(function, q, k, v, heads, *args, **kwargs)
-
-        return attend
 
     def record(self, extra: dict, q: Tensor, k: Tensor, heads: int) -> None:
         """Take the maps of the positive chunks out of q and k (B, tokens, heads * d)."""

@@ -28,6 +28,7 @@ from ...kernels.prompts import Prompt
 from ...kernels.run_state import weights_fingerprint
 from ...kernels.schedule import NoiseSchedule
 from .gradients import attention_with_backward, differentiable, load_for_gradients
+from .patches import layer_of_call, watch_cross_attention, with_patch
 from .text import describe_clip, encode_text_loaded, token_vectors_loaded
 
 BLOCKS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
@@ -108,19 +109,6 @@ def _layer_of_module(name: str) -> Layer:
     block = BLOCKS[parts[0]]
     number = 0 if block == "middle" else int(parts[1])
     return Layer(block, number, int(parts[parts.index("transformer_blocks") + 1]))
-
-
-def layer_of_call(extra_options: Mapping[str, Any]) -> Layer:
-    """The layer in which an attention patch is being called, from what ComfyUI tells the patch."""
-    block, number = extra_options["block"]
-    return Layer(block, number, extra_options["block_index"])
-
-
-def with_patch(transformer_options: dict[str, Any], name: str, patch: Callable, first: bool = False) -> dict[str, Any]:
-    """A copy of transformer_options with one more patch of that name, behind the others or before them."""
-    patches = transformer_options.get("patches", {})
-    others = list(patches.get(name, []))
-    return {**transformer_options, "patches": {**patches, name: [patch, *others] if first else [*others, patch]}}
 
 
 class NativeBackbone:
@@ -247,38 +235,17 @@ class _AttentionRecorder:
     def __init__(self, layers: Sequence[Layer], tokens: Sequence[int]) -> None:
         self.layers, self.tokens = frozenset(layers), list(tokens)
         self.recorded = AttentionMaps({layer: [] for layer in layers})
-        self._inside: Layer | None = None
         self._missing: set[Layer] = set()
 
     def install(self, options: dict[str, Any]) -> dict[str, Any]:
-        """A copy of transformer_options that makes the next forward pass record.
+        """A copy of transformer_options that makes the next forward pass record."""
+        self._missing = set(self.layers)
+        return watch_cross_attention(options, self._look)
 
-        The attention function serves self-attention too and does not know its layer: attn2_patch announces the layer,
-        attn2_output_patch withdraws it.
-        """
-        self._inside, self._missing = None, set(self.layers)
-        previous = options.get("optimized_attention_override")
-
-        def enter(n: Tensor, key: Tensor, value: Tensor, extra_options: Mapping[str, Any]) -> tuple[Tensor, ...]:
-            self._inside = layer_of_call(extra_options)
-            return n, key, value
-
-        def leave(n: Tensor, _extra_options: Mapping[str, Any]) -> Tensor:
-            self._inside = None
-            return n
-
-        def attend(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-            if self._inside in self._missing:
-                self._record(self._inside, q, k, heads)
-            if previous is None:
-                return func(q, k, v, heads, *args, **kwargs)
-            return previous(func, q, k, v, heads, *args, **kwargs)
-
-        options = with_patch(options, "attn2_patch", enter)
-        options = with_patch(options, "attn2_output_patch", leave, first=True)
-        return {**options, "optimized_attention_override": attend}
-
-    def _record(self, layer: Layer, q: Tensor, k: Tensor, heads: int) -> None:
+    def _look(self, extra_options: Mapping[str, Any], q: Tensor, k: Tensor, heads: int) -> None:
+        layer = layer_of_call(extra_options)
+        if layer not in self._missing:
+            return
         self._missing.discard(layer)
         q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in (q, k))
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5

@@ -442,6 +442,23 @@ def test_nothing_of_the_model_is_written_or_trainable(case: Case) -> None:
     assert not any(p.requires_grad or p.grad is not None for m in case.modules() for p in m.parameters())
 
 
+def test_a_half_precision_unet_takes_and_gives_single_precision(sdxl: Case) -> None:
+    pipeline = tiny_diffusers.build("sdxl", seed=10)
+    pipeline.unet.to(torch.bfloat16)
+    conditions = {**sdxl.conditions, "text_embeds": sdxl.pooled.bfloat16()}
+    stock = pipeline.unet(sdxl.x_t.bfloat16(), sdxl.t, sdxl.hidden.bfloat16(), added_cond_kwargs=conditions).sample
+    b = DiffusersBackbone.from_pipeline(pipeline)
+    assert torch.equal(b.predict_noise(sdxl.x_t, sdxl.t, sdxl.plain()), stock.float())
+    context = sdxl.apart(requires_grad=True)
+    eps = b.predict_noise(sdxl.x_t, sdxl.t, context)
+    (gradient,) = torch.autograd.grad(eps.square().mean(), context.rows)
+    assert gradient.dtype == torch.float32
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    assert b.gradient_scale == sdxl.backbone.gradient_scale == 1
+    pipeline.unet.half()
+    assert b.gradient_scale > 1
+
+
 def test_adapters_hook_into_the_linears(sd1: Case) -> None:
     b = sd1.backbone
     linears = b.linears()

@@ -40,6 +40,7 @@ class Outcome:
     status: str = "running"  # then: success, error, interrupted, or rejected (by validation)
     error: str = ""  # the sentence the artist sees
     executed: list[str] = field(default_factory=list)  # node ids in order, without cached ones
+    cached: list[str] = field(default_factory=list)  # node ids whose results were there already
     previews: Counter = field(default_factory=Counter)  # preview pictures by node id
     training: list[dict[str, Any]] = field(default_factory=list)  # our own events
     outputs: dict[str, Any] = field(default_factory=dict)  # node id -> ui output
@@ -154,7 +155,9 @@ class ComfyServer:
                 else:
                     raise RuntimeError(f"The server closed the websocket:\n{self.log.read_text()[-4000:]}")
         outcome.seconds = time.monotonic() - start
-        outcome.outputs = self.get(f"/history/{answer['prompt_id']}").get(answer["prompt_id"], {}).get("outputs", {})
+        while not (history := self.get(f"/history/{answer['prompt_id']}")):  # written just after the last message
+            await asyncio.sleep(0.05)
+        outcome.outputs = history[answer["prompt_id"]]["outputs"]
         return outcome
 
 
@@ -177,6 +180,8 @@ def note(
             outcome.training.append(data)
             if on_training is not None:
                 on_training(data)
+        case "execution_cached" if data.get("prompt_id") == prompt_id:
+            outcome.cached += data["nodes"]
         case "executing" if data.get("prompt_id") == prompt_id and data.get("node"):
             outcome.executed.append(data["node"])
         case "execution_success" | "execution_interrupted" as kind if data.get("prompt_id") == prompt_id:

@@ -72,7 +72,9 @@ def unknown_concept():
 
 
 def not_routed():
-    return {**prompts.training(), **prompts.painting(*TOY, "a panda <test>", ["train", 0], apply=False)}
+    prompt = prompts.training()
+    prompt["layout"]["inputs"]["granularity"] = "per layer"  # a concept of one token needs no routing
+    return {**prompt, **prompts.painting(*TOY, "a panda <test>", ["train", 0], apply=False)}
 
 
 def another_base():
@@ -91,7 +93,7 @@ def bad_file_name():
 CASES = [
     (no_blank, ["caption", "{}", "a man on grass"]),
     (fewer_captions, ["captions", "3", "2"]),
-    (one_exemplar, ["two exemplars", "add"]),
+    (one_exemplar, ["exemplars", "at least two"]),
     (no_triples, ["Exemplar", "Triples"]),
     (long_init_word, ["init word", "meditates on grass", "choose"]),
     (bad_name, ["name", "my action"]),

@@ -21,10 +21,9 @@ def test_every_node_with_a_help_page_is_offered_with_tooltips(server):
     for name, info in offered.items():
         assert info["python_module"] == f"custom_nodes.{PACK_NAME}"
         assert all(info["output_tooltips"]), name
-        for inputs in info["input"].values():
-            for key, (_, *options) in inputs.items():
-                assert options
-                assert options[0].get("tooltip"), f"{name}.{key}"
+        for kind in ("required", "optional"):
+            for key, (_, options) in info["input"].get(kind, {}).items():
+                assert options.get("tooltip"), f"{name}.{key}"
 
 
 def test_workflows_are_offered_as_templates_with_pictures(server):
