@@ -13,6 +13,7 @@ from .vocabulary import Scene, draw_scene
 
 RUNS = Path(__file__).parent / "runs"
 TRAINING_SEED = 1
+PICTURES = 100_000
 # Everything that is measured is drawn from seeds from here on; nothing is trained on them.
 HELD_OUT_SEED = 1_000_000
 

@@ -8,14 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from .autoencoder import PatchAutoencoder
-from .dataset import RUNS, draw_all, held_out_scenes, to_pictures, to_tensor, training_pictures
+from .dataset import PICTURES, RUNS, draw_all, held_out_scenes, to_pictures, to_tensor, training_pictures
 from .render import picture_grid
 from .weights import AUTOENCODER, WEIGHTS, save_weights
 
-PICTURES = 100_000
 PRINCIPAL_PICTURES = 3000
 BATCH = 64
 LEARNING_RATE = 1.5e-3
+MAX_LATENT_NOISE = 0.3
 
 
 @torch.no_grad()
@@ -26,7 +26,10 @@ def psnr(autoencoder: PatchAutoencoder, images: torch.Tensor) -> float:
 
 
 def train_decoder(minutes: float, seed: int, device: str) -> None:
-    """Train the decoder alone: latents stay as they are, so this may go on after the model's training has begun."""
+    """Train the decoder alone, half of the time on disturbed latents, so that it forgives the model's grain.
+
+    Latents stay as they are: this may go on after the model's training has begun.
+    """
     train_autoencoder(minutes, seed, device, decoder_only=True)
 
 
@@ -52,7 +55,7 @@ def train_autoencoder(minutes: float, seed: int, device: str, decoder_only: bool
             group["lr"] = LEARNING_RATE * (0.5 * (1 + math.cos(math.pi * done)) + 0.01)
         images = to_tensor(data.pictures[np.sort(rng.integers(0, PICTURES, BATCH))]).to(device)
         latents = model.encode(images)
-        output = model.decode(latents)
+        output = model.decode(_disturbed(latents) if decoder_only else latents)
         # The last term keeps the latents at zero mean and overall RMS 1, as the diffusion model wants them.
         scale = latents.mean((0, 2, 3)).square().mean() + (latents.square().mean().sqrt() - 1).square()
         loss = 4 * F.mse_loss(output, images) + 0.3 * F.l1_loss(output, images) + 0.01 * scale
@@ -73,3 +76,8 @@ def train_autoencoder(minutes: float, seed: int, device: str, decoder_only: bool
     channel_rms = " ".join(f"{v:.2f}" for v in latents.square().mean((0, 2, 3)).sqrt().tolist())
     print(f"end: {psnr(model, held_out):.2f} dB, RMS {latents.square().mean().sqrt():.3f}, by channel {channel_rms}")
     picture_grid([*to_pictures(held_out[:16]), *output], 16).save(RUNS / "autoencoder.png")
+
+
+def _disturbed(latents: torch.Tensor) -> torch.Tensor:
+    strength = (torch.rand(len(latents), 1, 1, 1, device=latents.device) * 2 - 1).clamp(min=0) * MAX_LATENT_NOISE
+    return latents + strength * torch.randn_like(latents)

@@ -12,7 +12,7 @@ from torch import distributed
 
 from .autoencoder import PatchAutoencoder
 from .copy_start import start_as_copy
-from .dataset import HELD_OUT_SEED, RUNS
+from .dataset import HELD_OUT_SEED, PICTURES, RUNS
 from .evaluate import prompt_scenes, readings
 from .judge import load_judge
 from .model import (
@@ -27,7 +27,7 @@ from .model import (
 from .render import picture_grid
 from .sampling import sample
 from .tokenizer import load_tokenizer
-from .training_set import PICTURES, TrainingSet, prepare_training_set
+from .training_set import TrainingSet, prepare_training_set
 from .vocabulary import caption
 from .weights import AUTOENCODER, JUDGE, TEXT_ENCODER, UNET, WEIGHTS, read_weights, save_weights
 
@@ -39,7 +39,7 @@ PEAK_SHARE = 0.25
 EMPTY_CAPTIONS = 0.1
 WITHOUT_BACKGROUND = 0.15
 MAX_SNR = 5.0
-MIN_SNR = 1 / 64
+MAX_WEIGHT = 32.0
 EMBEDDING_STD = 0.1
 AVERAGE_EVERY = 4
 EMA_EVERY = 5
@@ -160,13 +160,13 @@ def training_loss(
 
 
 def noise_level_weight(snr: torch.Tensor) -> torch.Tensor:
-    """Weight of a noise level, so that all levels count about alike, and the almost clean ones less.
+    """Weight of a noise level: the noisier, the more, up to `MAX_WEIGHT`.
 
-    The noise-prediction error that is left after training grows about as the square root of the signal-to-noise
-    ratio. Unweighted (or with min-SNR alone) the high noise levels, where a picture's layout is decided, hardly
-    count, and the layout is learned last.
+    The error that is left after training falls with the signal-to-noise ratio. Unweighted (or with min-SNR alone)
+    the high noise levels, where a picture's layout is decided, hardly count, and the layout is learned last; and a
+    deterministic sampler carries the errors that are made there into the picture.
     """
-    return snr.clamp(min=MIN_SNR).rsqrt() * (MAX_SNR / snr).clamp(max=1).sqrt()
+    return snr.pow(-0.75).clamp(max=MAX_WEIGHT) * (MAX_SNR / snr).clamp(max=1).sqrt()
 
 
 _ALPHAS = DDIMScheduler(**SCHEDULER).alphas_cumprod

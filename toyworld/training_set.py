@@ -6,14 +6,12 @@ import numpy as np
 import torch
 
 from .autoencoder import PATCH, PatchAutoencoder
-from .dataset import RUNS, encode_all, patch_weights, training_pictures
+from .dataset import PICTURES, RUNS, encode_all, patch_weights, training_pictures
 from .model import TOKENIZER_FOLDER
 from .sampling import token_ids
 from .tokenizer import load_tokenizer
 from .vocabulary import caption
 from .weights import AUTOENCODER, WEIGHTS, read_weights
-
-PICTURES = 100_000
 
 
 @dataclass

@@ -176,7 +176,7 @@ def adi_toy() -> Workflow:
                 negative=nothing["CONDITIONING"],
                 latent_image=latent["LATENT"],
                 seed=1,
-                    **TOY_SAMPLING,
+                **TOY_SAMPLING,
             )
             decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=toy["VAE"])
             w.node(

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from concept_atelier.toyworld.autoencoder import PatchAutoencoder
+from concept_atelier.toyworld.autoencoder import LATENT_CHANNELS, PatchAutoencoder
 from concept_atelier.toyworld.dataset import draw_all, held_out_scenes, to_tensor, training_scenes
 from concept_atelier.toyworld.exemplars import exemplar_scenes, other_action_scenes
 from concept_atelier.toyworld.judge import NAMES, load_judge, truth
@@ -108,7 +108,7 @@ def test_the_autoencoder_reconstructs_pictures_it_has_not_seen(toy):
     images = to_tensor(draw_all(held_out_scenes(64, seed=5_000_000))[0])
     assert psnr(toy.autoencoder, images) >= 28
     latents = toy.autoencoder.encode(images)
-    assert latents.shape == (64, 32, 8, 8)
+    assert latents.shape == (64, LATENT_CHANNELS, 8, 8)
     assert abs(latents.mean()) < 0.1
     assert 0.8 < latents.square().mean().sqrt() < 1.2
 
@@ -118,7 +118,7 @@ def test_the_autoencoder_takes_any_multiple_of_eight(size):
     images = torch.rand(2, 3, *size) * 2 - 1
     autoencoder = PatchAutoencoder()
     latents = autoencoder.encode(images)
-    assert latents.shape == (2, 32, size[0] // 8, size[1] // 8)
+    assert latents.shape == (2, LATENT_CHANNELS, size[0] // 8, size[1] // 8)
     assert autoencoder.decode(latents).shape == images.shape
 
 

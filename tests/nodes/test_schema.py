@@ -95,6 +95,9 @@ def test_translation_has_the_keys_of_english(english, language):
         mine = dict(texts(translated[node_id]))
         assert set(mine) == {place for place, _ in texts(definition)}, node_id
         assert all(mine.values()), f"{node_id}: an empty translation"
+        for place, text in mine.items():
+            bare = re.sub(r"\{'[{}@$|]'\}", "", text)
+            assert not re.search(r"[{}@$|]", bare), f"{node_id}: {place} breaks vue-i18n: write {{'{{'}} for a brace"
 
 
 def test_socket_types_are_prefixed(nodes):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,22 @@ def load_nodes() -> list[type]:
     return asyncio.run(collect())
 
 
+def escaped(text: str | None) -> str | None:
+    """`text` for vue-i18n, which the frontend translates with: it takes { } @ $ | for syntax, and fails on "{}"."""
+    return text and re.sub(r"[{}@$|]", lambda special: f"{{'{special[0]}'}}", text)
+
+
 def english(nodes: list[type]) -> dict[str, Any]:
     """The content of nodeDefs.json: every text of the schemas, by node, input and output."""
     definitions = {}
     for schema in (node.GET_SCHEMA() for node in nodes):
+        inputs = {given.id: (given.display_name or given.id, given.tooltip) for given in schema.inputs}
+        outputs = {str(i): (output.display_name, output.tooltip) for i, output in enumerate(schema.outputs)}
         definitions[schema.node_id] = {
-            "display_name": schema.display_name,
-            "description": schema.description,
-            "inputs": {
-                given.id: {"name": given.display_name or given.id, "tooltip": given.tooltip} for given in schema.inputs
-            },
-            "outputs": {
-                str(index): {"name": output.display_name, "tooltip": output.tooltip}
-                for index, output in enumerate(schema.outputs)
-            },
+            "display_name": escaped(schema.display_name),
+            "description": escaped(schema.description),
+            "inputs": {key: {"name": escaped(name), "tooltip": escaped(tip)} for key, (name, tip) in inputs.items()},
+            "outputs": {key: {"name": escaped(name), "tooltip": escaped(tip)} for key, (name, tip) in outputs.items()},
         }
     return definitions
 
