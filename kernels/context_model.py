@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backbone import Backbone, TextContext
-from .conditioning import StagedContext
 from .exemplars import Exemplar
 from .lora import LowRank
 from .prompts import BLANK, Prompt
-from .sampling import ddim_sample, seeded_noise
+from .sampling import paint
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,10 @@ def learn_context(
     Raises ValueError when the loss or a gradient is not finite.
     """
     x_0 = backbone.encode_image(exemplar.image[None].to(backbone.device))
-    context = _plain_context(backbone, fill_with_action(exemplar.caption, ""))
+    text = fill_with_action(exemplar.caption, "")
+    with torch.no_grad():
+        encoding = backbone.encode_text(Prompt((text,) if text else ()), {})
+    context = TextContext.plain(encoding.hidden, backbone.layers, encoding.pooled)
     low_rank = LowRank(backbone.linears(), settings.rank, settings.seed, backbone.device)
     optimizer = torch.optim.AdamW(low_rank.parameters(), lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -107,26 +109,21 @@ def paint_other_actions(
     """
     low_rank = learn_context(backbone, exemplar, settings, on_step)
     height, width = exemplar.image.shape[:2]
-    nothing = _plain_context(backbone, "")
     pictures = []
     with low_rank.applied():
         for number, action in enumerate(actions):
+            prompt = Prompt((fill_with_action(exemplar.caption, action),))
             done = settings.total_steps(number)
-            latents = ddim_sample(
+            [picture] = paint(
                 backbone,
-                StagedContext((0,), (_plain_context(backbone, fill_with_action(exemplar.caption, action)),), {}),
-                nothing,
-                seeded_noise(backbone, [settings.seed + number], height, width),
+                prompt,
+                {},
+                {},
+                [settings.seed + number],
+                (height, width),
                 settings.sampling_steps,
                 settings.cfg,
                 lambda step, done=done: on_step(done + step),
             )
-            pictures.append(backbone.decode_latent(latents)[0].cpu())
+            pictures.append(picture.cpu())
     return tuple(pictures)
-
-
-@torch.no_grad()
-def _plain_context(backbone: Backbone, text: str) -> TextContext:
-    """The stock context of a plain text, for a batch of one."""
-    encoding = backbone.encode_text(Prompt((text,) if text else ()), {})
-    return TextContext.plain(encoding.hidden, backbone.layers, encoding.pooled)

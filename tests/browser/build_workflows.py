@@ -61,7 +61,7 @@ MAKE_NODES = """(specs) => {
     });
     return made.map((node, index) => {
         const [width, height] = node.computeSize();
-        node.setSize(specs[index].size ?? [Math.max(300, width), height]);
+        node.setSize(specs[index].size ?? [Math.max(320, width), height]);
         return [node.size[0], node.size[1]];
     });
 }"""
@@ -87,7 +87,7 @@ def place(workflow: Workflow, sizes: list[list[float]]) -> tuple[list[list[float
             y = FRAME + TITLE
             for index in column:
                 positions[index] = [x, y]
-                y += sizes[index][1] + TITLE + GAP
+                y += sizes[index][1] + workflow.nodes[index]["room"] + TITLE + GAP
             x += max(sizes[index][0] for index in column) + GAP
             bottom = max(bottom, y - TITLE)
         frame = {"title": group["title"], "color": group["color"], "bounding": [left, 0, x - left, bottom]}
@@ -171,8 +171,8 @@ def write_thumbnails() -> None:
             page.load(read("adi_sd.json"))
             picture = server.folder / "graph.png"
             page.screenshot(str(picture))
-            graph = Image.open(picture).convert("RGB").crop((60, 90, 1740, 1000))
-            graph.resize((840, 455), Image.Resampling.LANCZOS).save(FOLDER / "adi_sd.jpg", quality=88)
+            graph = Image.open(picture).convert("RGB").crop((60, 90, 1420, 880))
+            graph.resize((816, 474), Image.Resampling.LANCZOS).save(FOLDER / "adi_sd.jpg", quality=88)
 
 
 def read(name: str) -> dict[str, Any]:

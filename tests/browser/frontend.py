@@ -28,8 +28,9 @@ class Frontend:
         self.page, self.url, self.errors = page, url, []
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.set_default_timeout(120_000)  # a busy machine is no error
         page.goto(url)
-        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_function(READY, timeout=300_000)
 
     def _on_console(self, message: ConsoleMessage) -> None:
         place = message.location.get("url", "")
@@ -50,10 +51,11 @@ class Frontend:
         self.page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
 
     def open_template(self, pack: str, name: str) -> None:
-        """Open a workflow of a pack from the template browser, by mouse."""
+        """Open a workflow of a pack from the template browser, with two clicks."""
         self.page.evaluate("() => { window.app.extensionManager.command.execute('Comfy.BrowseTemplates'); }")
-        self.page.get_by_role("dialog").get_by_text(pack, exact=True).click()
-        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        # Events, not the mouse: that would wait for animations to end, which on a busy machine they do not.
+        self.page.get_by_role("dialog").get_by_text(pack, exact=True).dispatch_event("click")
+        self.page.get_by_test_id(f"template-workflow-{name}").dispatch_event("click")
         self.page.wait_for_function("() => window.app.graph.nodes.length > 0 && !document.querySelector('.p-dialog')")
         self.page.wait_for_timeout(500)
 
@@ -133,6 +135,6 @@ def frontend(url: str):
     """A Frontend in a browser of its own."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1800, "height": 1000})
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
         yield Frontend(page, url)
         browser.close()

@@ -59,14 +59,18 @@ class Workflow:
         title: str = "",
         node_size: tuple[int, int] | None = None,
         properties: dict[str, Any] | None = None,
+        room: int = 0,
         **inputs: Any,
     ) -> Node:
-        """Add a node under the last one. inputs: by name, a Link or the value of a widget."""
+        """Add a node under the last one. inputs: by name, a Link or the value of a widget.
+
+        room: pixels to leave free below it, for the pictures it will show.
+        """
         inputs = {name.replace("__", "."): value for name, value in inputs.items()}
         links = {name: value for name, value in inputs.items() if isinstance(value, Link)}
         widgets = {name: value for name, value in inputs.items() if not isinstance(value, Link)}
-        node = Node(len(self.nodes), {"type": type, "title": title, "size": node_size, "properties": properties or {}})
-        node.spec |= {"links": links, "widgets": widgets}
+        node = Node(len(self.nodes), {"type": type, "title": title, "size": node_size, "room": room})
+        node.spec |= {"properties": properties or {}, "links": links, "widgets": widgets}
         self.nodes.append(node.spec)
         self.groups[-1]["columns"][-1].append(node.index)
         return node
@@ -78,6 +82,7 @@ class Workflow:
                 "type": "MarkdownNote",
                 "title": "What to change",
                 "size": (340, height),
+                "room": 0,
                 "properties": {},
                 "links": {},
                 "widgets": {"": text},
@@ -111,9 +116,11 @@ def adi_toy() -> Workflow:
             masks=pictures["masks"],
         )
         triples = w.node(
-            "AtelierTriples", exemplars=exemplars["exemplars"], other_action_pictures=pictures["other_action_images"]
+            "AtelierTriples",
+            room=320,
+            exemplars=exemplars["exemplars"],
+            other_action_pictures=pictures["other_action_images"],
         )
-        w.node("PreviewImage", "Contact sheet of the triples", node_size=(420, 420), images=triples["contact_sheet"])
     with w.group("2  Learn one word for the action, in two ways", LEARN):
         w.note(
             "**ADI** (above) learns a word for each part of the network, and lets only those channels learn that "
@@ -126,6 +133,7 @@ def adi_toy() -> Workflow:
         adi = w.node(
             "AtelierTrain",
             "Train with ADI",
+            room=240,
             model=toy["MODEL"],
             clip=toy["CLIP"],
             vae=toy["VAE"],
@@ -140,6 +148,7 @@ def adi_toy() -> Workflow:
         plain = w.node(
             "AtelierTrain",
             "Train with plain Textual Inversion",
+            room=240,
             model=toy["MODEL"],
             clip=toy["CLIP"],
             vae=toy["VAE"],
@@ -189,8 +198,9 @@ def adi_toy() -> Workflow:
             w.column()
     with w.group("4  Where the word looks", LOOK):
         w.note("*words*: any words of the prompt. *layers*: coarse ones place things, fine ones draw them.", 110)
-        maps = w.node(
+        w.node(
             "AtelierAttentionMaps",
+            room=320,
             model=applied["MODEL"],
             positive=painted["adi"]["CONDITIONING"],
             negative=nothing["CONDITIONING"],
@@ -200,7 +210,6 @@ def adi_toy() -> Workflow:
             seed=1,
             **TOY_SAMPLING,
         )
-        w.node("PreviewImage", "Attention to <adi>", node_size=(360, 300), images=maps["overlay"])
     return w
 
 
@@ -247,13 +256,13 @@ def adi_sd() -> Workflow:
         )
         triples = w.node(
             "AtelierTriples",
+            room=420,
             exemplars=exemplars["exemplars"],
             model=loader["MODEL"],
             clip=loader["CLIP"],
             vae=loader["VAE"],
             other_actions=SD_OTHER_ACTIONS,
         )
-        w.node("PreviewImage", "Contact sheet of the triples", node_size=(420, 420), images=triples["contact_sheet"])
     with w.group("3  Learn a word for the action", LEARN):
         w.note(
             "The settings are the paper's. Watch the samples: *Stop and keep* when they show the action.\n\n- "
@@ -265,6 +274,7 @@ def adi_sd() -> Workflow:
         mask = w.node("AtelierGradientMask")
         trained = w.node(
             "AtelierTrain",
+            room=300,
             model=loader["MODEL"],
             clip=loader["CLIP"],
             vae=loader["VAE"],
@@ -303,8 +313,9 @@ def adi_sd() -> Workflow:
         w.node("SaveImage", node_size=(420, 460), images=decoded["IMAGE"], filename_prefix="concept_atelier/action")
     with w.group("5  Where the word looks", LOOK):
         w.note("*words*: any words of the prompt. *layers*: coarse ones place things, fine ones draw them.", 110)
-        maps = w.node(
+        w.node(
             "AtelierAttentionMaps",
+            room=320,
             model=applied["MODEL"],
             positive=positive["CONDITIONING"],
             negative=negative["CONDITIONING"],
@@ -314,7 +325,6 @@ def adi_sd() -> Workflow:
             seed=1,
             **SD_SAMPLING,
         )
-        w.node("PreviewImage", "Attention to <action>", node_size=(420, 460), images=maps["overlay"])
     return w
 
 

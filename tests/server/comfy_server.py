@@ -77,7 +77,7 @@ class ComfyServer:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while not self.answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
@@ -129,7 +129,7 @@ class ComfyServer:
         self,
         prompt: dict[str, Any],
         on_training: Callable[[dict[str, Any]], None] | None = None,
-        timeout: float = 300,
+        timeout: float = 900,
     ) -> Outcome:
         """Queue an API-form workflow and wait for its end. on_training is called with each of our training events."""
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_training), timeout))
