@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .prompts import Prompt
 from .schedule import NoiseSchedule
 
-
 # Gradients of a mean over a latent's 16384 elements start near 1e-8, below what fp16 can hold.
 HALF_PRECISION_SCALE = 1024.0
 

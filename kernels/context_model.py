@@ -85,7 +85,7 @@ def learn_context(
             (loss * backbone.gradient_scale).backward()
             for weight in low_rank.parameters():
                 weight.grad /= backbone.gradient_scale
-            if not all(weight.grad.isfinite().all() for weight in low_rank.parameters()):
+            if not torch.stack([weight.grad.isfinite().all() for weight in low_rank.parameters()]).all():
                 raise ValueError(
                     f"The context model's gradient is not finite at step {step + 1}: lower the context learning rate, "
                     "or load the checkpoint in bf16 or fp32 if it runs in fp16."

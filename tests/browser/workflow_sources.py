@@ -224,7 +224,7 @@ TOY_TRAINING = {
     "sample_steps": 15,
     "sample_cfg": 4.0,
 }
-TOY_SAMPLING = {"steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+TOY_SAMPLING = {"steps": 25, "cfg": 4.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
 
 
 def adi_sd() -> Workflow:
