@@ -41,7 +41,7 @@ from .comfyui import PACK, find_comfyui, start_comfyui
 NAME = "act"
 SUBJECTS = ("panda", "cat", "rabbit", "bear", "frog", "penguin", "alien", "skeleton")  # none is in the exemplars
 PLACES = ("on grass", "on white", "on gray", "on pink")
-SAMPLER_STEPS, CFG = 25, 4.0
+SAMPLER_STEPS, CFG = 25, 3.0
 INIT_WORD = "poses"
 # Chosen on the held-out action that the demo does not show, by the judge's total; see toyworld/README.md.
 ADI = ("ADI", Layout("block"), MaskedTriples(GradientMask()), TrainingSettings(steps=250, learning_rate=1e-2))
@@ -83,7 +83,7 @@ class DiffusersStudio:
     def paint(self, concept: Concept, prompt: str, seeds: Sequence[int]) -> Tensor:
         vectors, layouts = {NAME: concept.vectors}, {NAME: concept.layout.bind(concept.layers)}
         parsed: Prompt = parse_prompt(prompt, [NAME])
-        return paint(self.backbone, parsed, vectors, layouts, seeds, (SIZE, SIZE), SAMPLER_STEPS, CFG)
+        return paint(self.backbone, parsed, vectors, layouts, seeds, (SIZE, SIZE), SAMPLER_STEPS, CFG, eta=1.0)
 
 
 class NativeStudio:
@@ -120,7 +120,17 @@ class NativeStudio:
         empty = torch.zeros(len(seeds), *shape[1:])
         noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         latents = comfy.sample.sample(
-            model, noise, SAMPLER_STEPS, CFG, "ddim", "normal", positive, negative, empty, disable_pbar=True, seed=0
+            model,
+            noise,
+            SAMPLER_STEPS,
+            CFG,
+            "euler_ancestral",
+            "normal",
+            positive,
+            negative,
+            empty,
+            disable_pbar=True,
+            seed=0,
         )
         return self.vae.decode(latents)
 

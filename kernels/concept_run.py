@@ -42,7 +42,7 @@ class Report(Protocol):
 class SamplePlan:
     """Pictures painted while training. prompts: with the blank "{}" for the concept. every: steps; 0 for the end only.
 
-    seed: one for all prompts and steps, so that pictures can be compared. steps, cfg: of the sampler.
+    seed: one for all prompts and steps, so that pictures can be compared. steps, cfg, eta: of DDIM.
     """
 
     prompts: tuple[str, ...] = ()
@@ -50,6 +50,7 @@ class SamplePlan:
     seed: int = 0
     steps: int = 20
     cfg: float = 7.5
+    eta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,9 @@ class ConceptRun:
                 if kept == header:
                     return tensors["samples"].float() / 255
             vectors, layouts = {self.name: state.vectors}, {self.name: layout}
-            painted = [paint(backbone, p, vectors, layouts, [plan.seed], size, plan.steps, plan.cfg) for p in prompts]
+            painted = [
+                paint(backbone, p, vectors, layouts, [plan.seed], size, plan.steps, plan.cfg, plan.eta) for p in prompts
+            ]
             pictures = (torch.cat(painted).cpu() * 255).round().to(torch.uint8)
             write_safetensors(file, {"samples": pictures}, header)
             pictures = pictures.float() / 255

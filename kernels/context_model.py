@@ -30,8 +30,8 @@ from .sampling import paint
 class ContextSettings:
     """How a one-exemplar model is learned and sampled.
 
-    steps, rank, learning_rate: of the low-rank fine-tuning (AdamW, batch of one). sampling_steps, cfg: of DDIM.
-    seed: of everything random.
+    steps, rank, learning_rate: of the low-rank fine-tuning (AdamW, batch of one). sampling_steps, cfg, eta: of
+    DDIM. seed: of everything random.
     """
 
     steps: int = 300
@@ -40,6 +40,7 @@ class ContextSettings:
     sampling_steps: int = 25
     cfg: float = 7.5
     seed: int = 0
+    eta: float = 0.0
 
     def total_steps(self, pictures: int) -> int:
         """Steps reported for one exemplar and that many pictures."""
@@ -123,6 +124,7 @@ def paint_other_actions(
                 (height, width),
                 settings.sampling_steps,
                 settings.cfg,
+                settings.eta,
                 lambda step, done=done: on_step(done + step),
             )
             pictures.append(picture.cpu())

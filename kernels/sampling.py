@@ -20,18 +20,20 @@ def ddim_sample(
     backbone: Backbone,
     context: StagedContext,
     unconditional: TextContext,
-    noise: Tensor,
+    draw_noise: Callable[[], Tensor],
     steps: int,
     cfg: float,
+    eta: float = 0.0,
     callback: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eta 0) with classifier-free guidance eps_0 + cfg (eps - eps_0) (Ho & Salimans 2022).
+    """DDIM (Song et al. 2021) with classifier-free guidance eps_0 + cfg (eps - eps_0) (Ho & Salimans 2022).
 
-    context: of a batch B. unconditional: a plain context of batch B. noise: (B, C, h, w). callback: called with the
-    number of finished steps, may raise to cancel. Returns clean latents (B, C, h, w).
+    context: of a batch B. unconditional: a plain context of batch B. draw_noise: gives noise (B, C, h, w), to start
+    from and, with eta > 0, to add at each step. eta: 0 is deterministic, 1 is DDPM. callback: called with the number
+    of finished steps, may raise to cancel. Returns clean latents (B, C, h, w).
     """
     timesteps = backbone.schedule.sampling_timesteps(steps)
-    x_t = noise
+    x_t = draw_noise()
     with torch.no_grad():
         for i, t in enumerate(timesteps):
             t_batch = torch.full((x_t.shape[0],), t, device=x_t.device)
@@ -39,16 +41,20 @@ def ddim_sample(
             if cfg != 1:
                 eps_0 = backbone.predict_noise(x_t, t_batch, unconditional)
                 eps = eps_0 + cfg * (eps - eps_0)
-            x_t = backbone.schedule.ddim_step(x_t, eps, t, timesteps[i + 1] if i + 1 < steps else -1)
+            t_next = timesteps[i + 1] if i + 1 < steps else -1
+            x_t = backbone.schedule.ddim_step(x_t, eps, t, t_next, eta, draw_noise() if eta else None)
             callback(i + 1)
     return x_t
 
 
-def seeded_noise(backbone: Backbone, seeds: Sequence[int], height: int, width: int) -> Tensor:
-    """Gaussian noise (len(seeds), C, h, w) for pictures of height x width pixels, drawn on the CPU, one seed each."""
-    shape = (backbone.latent_channels, height // backbone.latent_scale, width // backbone.latent_scale)
-    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(draws).to(backbone.device)
+def noise_source(backbone: Backbone, seeds: Sequence[int], size: tuple[int, int]) -> Callable[[], Tensor]:
+    """Gives, each time it is called, Gaussian noise (len(seeds), C, h, w) for pictures of size (H, W) in pixels.
+
+    Every seed has its own random numbers, drawn on the CPU, so that a picture does not depend on its batch or device.
+    """
+    shape = (backbone.latent_channels, *(side // backbone.latent_scale for side in size))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(backbone.device)
 
 
 def paint(
@@ -60,11 +66,13 @@ def paint(
     size: tuple[int, int],
     steps: int,
     cfg: float,
+    eta: float = 0.0,
     callback: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """One prompt with its concepts, painted once for each seed: (len(seeds), H, W, 3) in 0..1.
 
-    vectors, layouts: as for `encode_prompt`. size: (H, W) in pixels. steps, cfg, callback: as for `ddim_sample`.
+    vectors, layouts: as for `encode_prompt`. size: (H, W) in pixels. steps, cfg, eta, callback: as for
+    `ddim_sample`.
     """
     with torch.no_grad():
         context = encode_prompt(
@@ -72,5 +80,7 @@ def paint(
         ).repeat(len(seeds))
         empty = backbone.encode_text(Prompt(()), {})
         unconditional = TextContext.plain(empty.hidden, backbone.layers, empty.pooled).repeat(len(seeds))
-        noise = seeded_noise(backbone, seeds, *size)
-        return backbone.decode_latent(ddim_sample(backbone, context, unconditional, noise, steps, cfg, callback))
+        draw_noise = noise_source(backbone, seeds, size)
+        return backbone.decode_latent(
+            ddim_sample(backbone, context, unconditional, draw_noise, steps, cfg, eta, callback)
+        )

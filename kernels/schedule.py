@@ -45,16 +45,21 @@ class NoiseSchedule:
         abar = self.abar(t)
         return abar.sqrt() * v + (1 - abar).sqrt() * x_t
 
-    def ddim_step(self, x_t: Tensor, eps: Tensor, t: int, t_next: int) -> Tensor:
-        """Deterministic DDIM step from timestep t to t_next (Song et al. 2021, Eq. 12 with eta 0).
+    def ddim_step(
+        self, x_t: Tensor, eps: Tensor, t: int, t_next: int, eta: float = 0.0, fresh: Tensor | None = None
+    ) -> Tensor:
+        """DDIM step from timestep t to t_next (Song et al. 2021, Eq. 12).
 
-        t_next > t is the inverse step. t_next = -1 stands for the clean picture, abar = 1.
+        t_next > t is the inverse step. t_next = -1 stands for the clean picture, abar = 1. eta: 0 for the
+        deterministic step, 1 for DDPM's (Eq. 16); then `fresh` is new noise of x_t's shape.
         """
         abar = self.alphas_cumprod[t]
         abar_next = self.alphas_cumprod[t_next] if t_next >= 0 else torch.ones((), dtype=torch.float64)
+        sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt() if eta else torch.zeros(())
         scale = float((abar_next / abar).sqrt())
-        shift = float((1 - abar_next).sqrt() - (abar_next * (1 - abar) / abar).sqrt())
-        return scale * x_t + shift * eps
+        shift = float((1 - abar_next - sigma**2).sqrt() - (abar_next * (1 - abar) / abar).sqrt())
+        x_next = scale * x_t + shift * eps
+        return x_next + float(sigma) * fresh if eta else x_next
 
     def sampling_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from noisy to clean, evenly spaced, the first one T-1.

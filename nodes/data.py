@@ -255,6 +255,16 @@ class AtelierTriples(io.ComfyNode):
                 io.Int.Input(
                     "seed", default=0, min=0, max=2**31 - 1, tooltip="Decides the small models and their pictures."
                 ),
+                io.Float.Input(
+                    "sampling_eta",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Fresh noise at each DDIM step: 0 none (ADI section 5.1), 1 as much as DDPM. The toy model "
+                    "paints clean pictures with 1 only.",
+                ),
             ],
             outputs=[
                 Exemplars.Output(display_name="exemplars", tooltip="For Train with Gradient Mask (ADI)."),
@@ -277,6 +287,7 @@ class AtelierTriples(io.ComfyNode):
         sampling_steps: int,
         cfg: float,
         seed: int,
+        sampling_eta: float,
         other_action_pictures: Tensor | None = None,
         model=None,
         clip=None,
@@ -298,7 +309,9 @@ class AtelierTriples(io.ComfyNode):
                 vae,
                 exemplars,
                 choose_actions(actions, len(exemplars), pictures_per_exemplar),
-                ContextSettings(context_steps, context_rank, context_learning_rate, sampling_steps, cfg, seed),
+                ContextSettings(
+                    context_steps, context_rank, context_learning_rate, sampling_steps, cfg, seed, sampling_eta
+                ),
             )
         triples = tuple(replace(e, other_actions=pictures) for e, pictures in zip(exemplars, others))
         sheet = triple_sheet(triples)

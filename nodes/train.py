@@ -127,6 +127,16 @@ class AtelierTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="Guidance of the samples (ADI section 5.1: 7.5).",
                 ),
+                io.Float.Input(
+                    "sample_eta",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Fresh noise at each DDIM step of the samples: 0 none, 1 as much as DDPM. The toy model "
+                    "paints clean pictures with 1 only.",
+                ),
                 io.Boolean.Input(
                     "start_fresh",
                     default=False,
@@ -145,8 +155,8 @@ class AtelierTrain(io.ComfyNode):
     def execute(
         cls, model, clip, vae, exemplars, layout, name: str, init_word: str, steps: int, learning_rate: float,
         batch_size: int, seed: int, sample_prompts: str, sample_every: int, weight_decay: float,
-        timestep_sampling: str, use_masks: bool, sample_steps: int, sample_cfg: float, start_fresh: bool,
-        gradient_rule: GradientMask | None = None,
+        timestep_sampling: str, use_masks: bool, sample_steps: int, sample_cfg: float, sample_eta: float,
+        start_fresh: bool, gradient_rule: GradientMask | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         prompts = tuple(line.strip() for line in sample_prompts.splitlines() if line.strip())
         run = ConceptRun(
@@ -158,7 +168,7 @@ class AtelierTrain(io.ComfyNode):
             settings=TrainingSettings(
                 steps, learning_rate, weight_decay, batch_size, seed, timestep_sampling, use_masks
             ),
-            samples=SamplePlan(prompts, sample_every, seed, sample_steps, sample_cfg),
+            samples=SamplePlan(prompts, sample_every, seed, sample_steps, sample_cfg, sample_eta),
         )
         report = LiveReport(cls.hidden.unique_id, steps)
         folder = Path(folder_paths.get_output_directory()) / RUNS

@@ -19,7 +19,7 @@ from typing import Any
 PACK = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PACK / "tests"), str(PACK / "tests" / "server"), str(PACK / "tests" / "browser")]
 
-from comfy_server import PACK_NAME, ComfyServer  # noqa: E402
+from comfy_server import PACK_NAME, SD_CHECKPOINT, SD_PICTURES, ComfyServer  # noqa: E402
 from conftest import COMFYUI  # noqa: E402
 from frontend import Frontend, frontend  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
@@ -113,6 +113,9 @@ def running() -> Iterator[ComfyServer]:
     """A server with our pack alone."""
     with tempfile.TemporaryDirectory() as folder:
         server = ComfyServer(COMFYUI, Path(folder), {PACK_NAME: PACK})
+        # What adi_sd names must be there to be shown; it is not loaded.
+        (server.folder / "models" / "checkpoints" / SD_CHECKPOINT).touch()
+        (server.folder / "input" / SD_PICTURES).mkdir()
         with server:
             yield server
 
@@ -171,8 +174,8 @@ def write_thumbnails() -> None:
             page.load(read("adi_sd.json"))
             picture = server.folder / "graph.png"
             page.screenshot(str(picture))
-            graph = Image.open(picture).convert("RGB").crop((60, 90, 1420, 880))
-            graph.resize((816, 474), Image.Resampling.LANCZOS).save(FOLDER / "adi_sd.jpg", quality=88)
+            graph = Image.open(picture).convert("RGB").crop((70, 95, 1390, 835))
+            graph.resize((792, 444), Image.Resampling.LANCZOS).save(FOLDER / "adi_sd.jpg", quality=88)
 
 
 def read(name: str) -> dict[str, Any]:

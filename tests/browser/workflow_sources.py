@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-SD_CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+from comfy_server import SD_CHECKPOINT, SD_PICTURES
+
 SD_CHECKPOINT_SOURCE = {
     "name": SD_CHECKPOINT,
     "url": f"https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{SD_CHECKPOINT}",
     "directory": "checkpoints",
 }
-PICTURE_FOLDER = "my_action"
 SD_OTHER_ACTIONS = "stands\nsits\nwalks\nlies down\njumps\nwaves"
 SD_NEGATIVE = "blurry, deformed, extra limbs"
 
@@ -232,7 +232,7 @@ def adi_sd() -> Workflow:
     w = Workflow()
     with w.group("1  Your pictures of one action", PICTURES):
         w.note(
-            f"1. Make the folder `input/{PICTURE_FOLDER}` in ComfyUI and put about ten pictures of *one action* into "
+            f"1. Make the folder `input/{SD_PICTURES}` in ComfyUI and put about ten pictures of *one action* into "
             "it, best each with another person or animal.\n2. Beside each picture `name.png` write a text file "
             "`name.txt` with what it shows, **without any word for the action** and with a blank `{}` in its place: "
             "`a photo of a woman in a red coat {} in a park`.\n3. Press R to refresh, choose checkpoint and folder, "
@@ -242,7 +242,7 @@ def adi_sd() -> Workflow:
         loader = w.node(
             "CheckpointLoaderSimple", properties={"models": [SD_CHECKPOINT_SOURCE]}, ckpt_name=SD_CHECKPOINT
         )
-        pictures = w.node("LoadImageTextDataSetFromFolder", "Your pictures and captions", folder=PICTURE_FOLDER)
+        pictures = w.node("LoadImageTextDataSetFromFolder", "Your pictures and captions", folder=SD_PICTURES)
         exemplars = w.node(
             "AtelierExemplars", node_size=(340, 200), images=pictures["images"], captions=pictures["texts"], size=512
         )
@@ -274,7 +274,7 @@ def adi_sd() -> Workflow:
         mask = w.node("AtelierGradientMask")
         trained = w.node(
             "AtelierTrain",
-            room=300,
+            room=240,
             model=loader["MODEL"],
             clip=loader["CLIP"],
             vae=loader["VAE"],

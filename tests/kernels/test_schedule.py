@@ -48,6 +48,19 @@ def test_a_ddim_step_is_diffusers(schedule, x):
     assert torch.allclose(schedule.ddim_step(x, eps, t, t - 50), expected, atol=1e-5)
 
 
+def test_a_ddpm_step_is_diffusers(schedule, x):
+    from diffusers import DDIMScheduler
+
+    stock = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True
+    )
+    stock.set_timesteps(20)
+    eps, fresh = (torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    t = int(stock.timesteps[3])
+    expected = stock.step(eps, t, x, eta=1.0, variance_noise=fresh).prev_sample
+    assert torch.allclose(schedule.ddim_step(x, eps, t, t - 50, 1.0, fresh), expected, atol=1e-5)
+
+
 def test_the_inverse_step_undoes_the_step(schedule, x):
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     there = schedule.ddim_step(x, eps, 300, 250)

@@ -30,6 +30,7 @@ QUICK = {
     "sampling_steps": 2,
     "cfg": 2.0,
     "seed": 0,
+    "sampling_eta": 0.0,
 }
 
 

@@ -48,6 +48,7 @@ def train(tiny_model, **changes):
         "use_masks": True,
         "sample_steps": 2,
         "sample_cfg": 3.0,
+        "sample_eta": 0.0,
         "start_fresh": False,
     }
     with torch.inference_mode():

@@ -30,6 +30,12 @@ TINY_CHECKPOINT = "tiny_sd1.safetensors"
 SD_CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 SD_PICTURES = "my_action"
 
+FRONTEND_SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+}
+
 PREVIEW_WITH_NODE = 4  # the websocket's binary event type of a preview that names its node
 
 
@@ -56,10 +62,10 @@ class ComfyServer:
             (folder / name).mkdir(parents=True, exist_ok=True)
         for name, pack in packs.items():
             (folder / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
-        # Without this the frontend greets a new user with a dialog, at some moment of its own choosing.
+        # No greeting dialog, which comes at some moment of its own choosing, and nothing drawn over the graph.
         settings = folder / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+        settings.write_text(json.dumps(FRONTEND_SETTINGS))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
