@@ -113,7 +113,6 @@ def adi_toy() -> Workflow:
             node_size=(340, 260),
             images=pictures["images"],
             captions=pictures["captions"],
-            masks=pictures["masks"],
         )
         triples = w.node(
             "AtelierTriples",
@@ -222,9 +221,10 @@ TOY_TRAINING = {
     "sample_prompts": "a panda {}\na cat {} on the beach",
     "sample_every": 100,
     "sample_steps": 15,
-    "sample_cfg": 4.0,
+    "sample_cfg": 3.0,
+    "sample_eta": 1.0,
 }
-TOY_SAMPLING = {"steps": 25, "cfg": 4.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
+TOY_SAMPLING = {"steps": 25, "cfg": 3.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
 
 
 def adi_sd() -> Workflow:
