@@ -1,4 +1,4 @@
-"""A starting point from which the narrow network learns an order of magnitude sooner."""
+"""A starting point from which the narrow network learns much sooner."""
 
 import torch
 from diffusers import UNet2DConditionModel

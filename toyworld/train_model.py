@@ -48,6 +48,7 @@ GRID_SECONDS = 300
 GRID_PROMPTS = 48
 GRID_SEED = HELD_OUT_SEED + 3
 CHECKPOINT = RUNS / "model.pt"
+_ALPHAS = DDIMScheduler(**SCHEDULER).alphas_cumprod
 
 
 class ModelTraining:
@@ -166,9 +167,6 @@ def noise_level_weight(snr: torch.Tensor) -> torch.Tensor:
     and the layout is learned last.
     """
     return snr.pow(-0.6).clamp(max=MAX_WEIGHT)
-
-
-_ALPHAS = DDIMScheduler(**SCHEDULER).alphas_cumprod
 
 
 def train_model(minutes: float, seed: int, device: str) -> None:
