@@ -31,6 +31,7 @@ def test_opens_runs_and_shows_its_progress(page, usual_errors, tmp_path, name):
 
     page.set_widgets(prompts.SMALL)
     assert page.prompt() == prompts.small(prompts.shipped(name))
+    page.set_widgets({"AtelierTrain": {"seed": len(page.drawing)}})  # a run that is done would return at once
     page.listen()
     page.queue()
     assert page.wait_for_end(900) == "success"
@@ -50,13 +51,12 @@ def test_opens_runs_and_shows_its_progress(page, usual_errors, tmp_path, name):
 def test_stop_and_keep_ends_the_training_and_goes_on(page):
     page.load(json.loads((PACK / "workflows" / "adi_toy.json").read_text(encoding="utf-8")))
     page.set_widgets(prompts.SMALL)
-    # Another seed for each way of drawing: a finished run would return at once.
-    page.set_widgets({"AtelierTrain": {"steps": 100_000, "sample_every": 0, "seed": len(page.drawing)}})
+    page.set_widgets({"AtelierTrain": {"steps": 100_000, "sample_every": 0, "seed": 100 + len(page.drawing)}})
     page.listen()
     page.queue()
     for _ in range(list(types_of(page.prompt()).values()).count("AtelierTrain")):
         button = page.page.locator(f"{PANEL} button:enabled")
-        button.wait_for(timeout=300_000)
+        button.wait_for(state="attached", timeout=300_000)  # what is out of view is hidden
         button.dispatch_event("click")
         page.page.locator(f"{PANEL} button:enabled").wait_for(state="detached", timeout=60_000)
     assert page.wait_for_end(900) == "success"

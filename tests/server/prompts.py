@@ -56,6 +56,7 @@ def training(**changes: Any) -> Prompt:
         "use_masks": True,
         "sample_steps": 2,
         "sample_cfg": 3.0,
+        "sample_eta": 1.0,
         "start_fresh": False,
     }
     return {

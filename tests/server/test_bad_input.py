@@ -20,6 +20,7 @@ def masked(prompt):
         context_learning_rate=1e-4,
         sampling_steps=1,
         cfg=3.0,
+        sampling_eta=1.0,
         seed=0,
     )
     prompt["mask"] = prompts.node(

@@ -2,6 +2,7 @@
 
 import prompts
 import pytest
+from comfy_server import TINY_CHECKPOINT
 
 MANY = 200_000  # steps, more than a test waits for
 
@@ -55,6 +56,16 @@ def test_stopped_and_finished_runs_return_at_once(server, forget):
     forget()
     again = server.run(finished)
     assert (again.status, again.training) == ("success", [])
+
+
+def test_a_run_is_found_again_when_its_checkpoint_is_loaded_anew(server, forget):
+    prompt = prompts.training(steps=3, name="reloaded", init_word="person", sample_eta=0.0)
+    prompt["toy"] = prompts.node("CheckpointLoaderSimple", ckpt_name=TINY_CHECKPOINT)
+    assert server.run(prompt).training[-1]["step"] == 3
+    for _ in range(3):
+        forget()
+        again = server.run(prompt)
+        assert (again.status, again.training) == ("success", [])
 
 
 def test_more_steps_go_on_and_start_fresh_starts_again(server):
