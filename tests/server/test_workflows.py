@@ -1,8 +1,11 @@
 """The shipped workflows through /prompt: the API forms as they are, made small, on the stock loaders."""
 
+import numpy as np
 import prompts
 import pytest
+import torch
 from comfy_server import PACK
+from concept_atelier.toyworld.judge import load_judge
 from PIL import Image
 
 WORKFLOWS = sorted(path.stem for path in (PACK / "workflows" / "api").glob("*.json"))
@@ -35,3 +38,15 @@ def test_it_runs_and_returns_at_once_the_second_time(server, name):
 
     again = server.run(prompt)
     assert (again.status, again.executed) == ("success", [])
+
+
+def test_the_judge_sees_the_learned_action_in_what_adi_toy_paints(server):
+    prompt = prompts.shipped("adi_toy")
+    (saved,) = (i for i, entry in prompt.items() if entry["inputs"].get("filename_prefix") == "concept_atelier/adi")
+    outcome = server.run(prompt)
+    assert outcome.status == "success", outcome.error
+    files = [server.folder / "output" / i["subfolder"] / i["filename"] for i in outcome.outputs[saved]["images"]]
+    pictures = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) / 255 for file in files])
+    read = load_judge().read(torch.from_numpy(pictures).movedim(-1, 1))
+    assert read["subject"].count("panda") >= 6  # of 8; guessing would find one in fourteen
+    assert read["action"].count("tpose") >= 4  # guessing: one in eighteen
