@@ -215,8 +215,8 @@ def adi_toy() -> Workflow:
 # The settings of benchmarks/demo.py.
 TOY_TRAINING = {
     "init_word": "poses",
-    "steps": 250,
-    "learning_rate": 1e-2,
+    "steps": 600,
+    "learning_rate": 2e-2,
     "batch_size": 1,
     "sample_prompts": "a panda {}\na cat {} on the beach",
     "sample_every": 100,
