@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .files import read_safetensors, write_safetensors
 
 FORMAT_VERSION = 1
+# Not every file holds these; ComfyUI then leaves them at what the memory held before, another value at each loading.
+UNLOADED = ("text_projection.weight", "logit_scale")
 
 
 @dataclass
@@ -98,6 +100,8 @@ def weights_fingerprint(*modules: nn.Module) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for key, value in sorted(module.state_dict().items()):
+            if key.endswith(UNLOADED):
+                continue
             digest.update(f"{key}{tuple(value.shape)}".encode())
             flat = value.detach().reshape(-1)
             spread = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]

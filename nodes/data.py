@@ -253,7 +253,12 @@ class AtelierTriples(io.ComfyNode):
                     tooltip="Guidance towards the words of the action. ADI section 5.1: 7.5.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, tooltip="Decides the small models and their pictures."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Decides the small models and their pictures.",
                 ),
                 io.Float.Input(
                     "sampling_eta",

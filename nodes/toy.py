@@ -65,7 +65,12 @@ class AtelierToyPictures(io.ComfyNode):
                 ),
                 io.Int.Input("count", default=10, min=1, max=100, tooltip="Pictures of the action. ADI uses 10."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, tooltip="Another number draws other figures and places."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Another number draws other figures and places.",
                 ),
                 io.Int.Input(
                     "other_actions",
