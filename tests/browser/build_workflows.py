@@ -127,9 +127,11 @@ def write(path: Path, data: dict[str, Any]) -> None:
 
 def write_workflows() -> None:
     """Write all UI forms and API forms."""
-    with running() as server, frontend(server.url) as page:
+    with running() as server:
         for name, source in WORKFLOWS.items():
-            saved, prompt = build(page, source())
+            # A page of its own: the frontend would give new nodes the widget values of earlier ones with their ids.
+            with frontend(server.url) as page:
+                saved, prompt = build(page, source())
             write(FOLDER / f"{name}.json", saved)
             write(FOLDER / "api" / f"{name}.json", prompt)
 

@@ -266,8 +266,7 @@ def adi_sd() -> Workflow:
     with w.group("3  Learn a word for the action", LEARN):
         w.note(
             "The settings are the paper's. Watch the samples: *Stop and keep* when they show the action.\n\n- "
-            "*steps*: raise it later to go on.\n- *beta*: higher masks more of what is not the action.\n- SDXL: choose "
-            "*per block*.",
+            "*steps*: raise it later to go on.\n- *beta*: higher masks more of what is not the action.",
             210,
         )
         layout = w.node("AtelierTokenLayout", granularity="per block")

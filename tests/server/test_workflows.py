@@ -50,3 +50,12 @@ def test_the_judge_sees_the_learned_action_in_what_adi_toy_paints(server):
     read = load_judge().read(torch.from_numpy(pictures).movedim(-1, 1))
     assert read["subject"].count("panda") >= 6  # of 8; guessing would find one in fourteen
     assert read["action"].count("tpose") >= 4  # guessing: one in eighteen
+
+
+def test_the_stable_diffusion_workflow_has_the_settings_of_the_paper():
+    nodes = {entry["class_type"]: entry["inputs"] for entry in prompts.shipped("adi_sd").values()}
+    trained, sampled = nodes["AtelierTrain"], nodes["KSampler"]
+    assert (trained["steps"], trained["learning_rate"], trained["init_word"]) == (3000, 2e-4, "action")
+    assert (nodes["AtelierGradientMask"]["beta"], nodes["AtelierGradientMask"]["merge"]) == (0.6, "intersection")
+    assert (trained["sample_cfg"], trained["sample_eta"], nodes["AtelierTriples"]["sampling_eta"]) == (7.5, 0, 0)
+    assert (sampled["sampler_name"], sampled["steps"], sampled["cfg"]) == ("ddim", 50, 7.5)
