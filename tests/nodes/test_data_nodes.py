@@ -11,12 +11,13 @@ from concept_atelier.kernels.diffusers_backbone import DiffusersBackbone
 from concept_atelier.kernels.exemplars import Exemplar
 from concept_atelier.kernels.gradient_mask import GradientMask
 from concept_atelier.kernels.layouts import Layout
-from concept_atelier.nodes.data import AtelierExemplars, AtelierTriples
+from concept_atelier.nodes.data import AtelierExemplars
 from concept_atelier.nodes.gradient import AtelierGradientMask
 from concept_atelier.nodes.native import context_pictures
 from concept_atelier.nodes.native import toy as native
 from concept_atelier.nodes.native.pictures import contact_sheet, cover, opaque
 from concept_atelier.nodes.tokens import AtelierTokenLayout
+from concept_atelier.nodes.triples import AtelierTriples
 from concept_atelier.toyworld import model as toyworld
 from PIL import Image
 
