@@ -158,17 +158,15 @@ class ConceptRun:
             if not prompts:
                 return None
             header = {"plan": str(plan), "step": str(state.step)}
-            if file.exists():
-                tensors, kept = read_safetensors(file)
-                if kept == header:
-                    return tensors["samples"].float() / 255
-            vectors, layouts = {self.name: state.vectors}, {self.name: layout}
-            painted = [
-                paint(backbone, p, vectors, layouts, [plan.seed], size, plan.steps, plan.cfg, plan.eta) for p in prompts
-            ]
-            pictures = (torch.cat(painted).cpu() * 255).round().to(torch.uint8)
-            write_safetensors(file, {"samples": pictures}, header)
-            pictures = pictures.float() / 255
+            if not file.exists() or read_safetensors(file)[1] != header:
+                vectors, layouts = {self.name: state.vectors}, {self.name: layout}
+                painted = [
+                    paint(backbone, p, vectors, layouts, [plan.seed], size, plan.steps, plan.cfg, plan.eta)
+                    for p in prompts
+                ]
+                pixels = (torch.cat(painted).cpu() * 255).round().to(torch.uint8)
+                write_safetensors(file, {"samples": pixels}, header)
+            pictures = read_safetensors(file)[0]["samples"].float() / 255
             report.samples(torch.cat(list(pictures), dim=1))
             return pictures
 
