@@ -56,7 +56,12 @@ class Frontend:
         # Events, not the mouse: that would wait for animations to end, which on a busy machine they do not.
         self.page.get_by_role("dialog").get_by_text(pack, exact=True).dispatch_event("click")
         self.page.get_by_test_id(f"template-workflow-{name}").dispatch_event("click")
-        self.page.wait_for_function("() => window.app.graph.nodes.length > 0 && !document.querySelector('.p-dialog')")
+        # The graph that was open before has nodes, too: only the name of the open workflow tells that this one is here.
+        self.page.wait_for_function(
+            "name => window.app.extensionManager.workflow.activeWorkflow?.path.includes(name) "
+            "&& window.app.graph.nodes.length > 0 && !document.querySelector('.p-dialog')",
+            arg=name,
+        )
         self.page.wait_for_timeout(500)
 
     def set_widgets(self, values: dict[str, dict[str, Any]]) -> None:
