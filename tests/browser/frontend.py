@@ -59,7 +59,8 @@ class Frontend:
         # The graph that was open before has nodes, too: only the name of the open workflow tells that this one is here.
         self.page.wait_for_function(
             "name => window.app.extensionManager.workflow.activeWorkflow?.path.includes(name) "
-            "&& window.app.graph.nodes.length > 0 && !document.querySelector('.p-dialog')",
+            "&& window.app.graph.nodes.some((node) => node.type.startsWith('Atelier')) "
+            "&& !document.querySelector('.p-dialog')",
             arg=name,
         )
         self.page.wait_for_timeout(500)
