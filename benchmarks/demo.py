@@ -28,7 +28,7 @@ from ..kernels.exemplars import Exemplar
 from ..kernels.gradient_mask import GradientMask
 from ..kernels.gradient_rules import MaskedTriples, PlainGradient
 from ..kernels.layouts import Layout
-from ..kernels.prompts import Prompt, parse_prompt
+from ..kernels.prompts import parse_prompt
 from ..kernels.sampling import paint
 from ..kernels.training import TrainingSettings
 from ..toyworld.autoencoder import PATCH
@@ -81,7 +81,7 @@ class DiffusersStudio:
 
     def paint(self, concept: Concept, prompt: str, seed: int) -> Tensor:
         vectors, layouts = {NAME: concept.vectors}, {NAME: concept.layout.bind(concept.layers)}
-        parsed: Prompt = parse_prompt(prompt, [NAME])
+        parsed = [parse_prompt(prompt, [NAME])]
         return paint(self.backbone, parsed, vectors, layouts, [seed], (SIZE, SIZE), SAMPLER_STEPS, CFG, eta=1.0)
 
 

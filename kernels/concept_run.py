@@ -161,7 +161,7 @@ class ConceptRun:
             if not file.exists() or read_safetensors(file)[1] != header:
                 vectors, layouts = {self.name: state.vectors}, {self.name: layout}
                 painted = [
-                    paint(backbone, p, vectors, layouts, [plan.seed], size, plan.steps, plan.cfg, plan.eta)
+                    paint(backbone, [p], vectors, layouts, [plan.seed], size, plan.steps, plan.cfg, plan.eta)
                     for p in prompts
                 ]
                 pixels = (torch.cat(painted).cpu() * 255).round().to(torch.uint8)

@@ -30,9 +30,16 @@ class StagedContext:
         """The context of timestep t."""
         return self.contexts[max(i for i, start in enumerate(self.starts) if start <= t)]
 
-    def repeat(self, times: int) -> StagedContext:
-        """The same contexts for `times` copies of the batch."""
-        return StagedContext(self.starts, tuple(c.repeat(times) for c in self.contexts), self.positions)
+    @staticmethod
+    def cat(staged: Sequence[StagedContext]) -> StagedContext:
+        """One batch out of several prompts' contexts, without their token positions.
+
+        Raises ValueError where the prompts' concepts differ, so that their stages or layer tables do.
+        """
+        first = staged[0]
+        if any(s.starts != first.starts for s in staged):
+            raise ValueError("Prompts whose concepts have different stages cannot share a batch.")
+        return StagedContext(first.starts, tuple(TextContext.cat(c) for c in zip(*(s.contexts for s in staged))), {})
 
 
 def encode_prompt(

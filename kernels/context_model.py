@@ -117,7 +117,7 @@ def paint_other_actions(
             done = settings.total_steps(number)
             [picture] = paint(
                 backbone,
-                prompt,
+                [prompt],
                 {},
                 {},
                 [settings.seed + number],

@@ -59,7 +59,7 @@ def noise_source(backbone: Backbone, seeds: Sequence[int], size: tuple[int, int]
 
 def paint(
     backbone: Backbone,
-    prompt: Prompt,
+    prompts: Sequence[Prompt],
     vectors: Mapping[str, Mapping[str, Tensor]],
     layouts: Mapping[str, BoundLayout],
     seeds: Sequence[int],
@@ -69,17 +69,20 @@ def paint(
     eta: float = 0.0,
     callback: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
-    """One prompt with its concepts, painted once for each seed: (len(seeds), H, W, 3) in 0..1.
+    """One picture for each prompt, with its seed, in one batch: (len(prompts), H, W, 3) in 0..1.
 
-    vectors, layouts: as for `encode_prompt`. size: (H, W) in pixels. steps, cfg, eta, callback: as for
-    `ddim_sample`.
+    prompts: all with the same concepts. vectors, layouts: as for `encode_prompt`. size: (H, W) in pixels. steps, cfg,
+    eta, callback: as for `ddim_sample`.
     """
     with torch.no_grad():
-        context = encode_prompt(
-            backbone.encode_text, backbone.layers, prompt, vectors, layouts, len(backbone.schedule)
-        ).repeat(len(seeds))
+        context = StagedContext.cat(
+            [
+                encode_prompt(backbone.encode_text, backbone.layers, prompt, vectors, layouts, len(backbone.schedule))
+                for prompt in prompts
+            ]
+        )
         empty = backbone.encode_text(Prompt(()), {})
-        unconditional = TextContext.plain(empty.hidden, backbone.layers, empty.pooled).repeat(len(seeds))
+        unconditional = TextContext.plain(empty.hidden, backbone.layers, empty.pooled).repeat(len(prompts))
         draw_noise = noise_source(backbone, seeds, size)
         return backbone.decode_latent(
             ddim_sample(backbone, context, unconditional, draw_noise, steps, cfg, eta, callback)

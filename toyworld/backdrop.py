@@ -5,7 +5,7 @@ import random
 
 from PIL import Image, ImageDraw
 
-from .vocabulary import NONE, Scene
+from .vocabulary import NONE, OBJECT_COLORS, Scene
 
 SIZE = 64
 SUPERSAMPLING = 4
@@ -61,7 +61,7 @@ def draw_background(sheet: Sheet, scene: Scene, rng: random.Random) -> None:
         sheet.box(0, 0, SIZE, SIZE, color)
         return
     sky, ground = SKY_AND_GROUND[scene.background]
-    horizon = scene.ground - 12
+    horizon = scene.characters[0].ground - 12
     sheet.box(0, 0, SIZE, horizon, shade(sky, brightness))
     sheet.box(0, horizon, SIZE, SIZE, shade(ground, brightness))
     if scene.background == "on grass":
@@ -87,49 +87,52 @@ def draw_object(sheet: Sheet, scene: Scene, rng: random.Random) -> None:
     """Draw the scene's object, if it has one, on its side."""
     if scene.object == NONE:
         return
-    x = (9 if scene.side == "left" else 55) + rng.uniform(-1.5, 1.5)
-    y = scene.ground + 1
+    y = scene.characters[0].ground + 1
     k = rng.uniform(0.95, 1.1)
-    _DRAWERS[scene.object](sheet, x, y, k, rng)
+    # A ball of no particular colour has any; the other objects have one of their own.
+    color = rng.choice(OBJECT_COLORS) if scene.object == "ball" else None
+    if scene.object_color != NONE:
+        color = scene.object_color
+    _DRAWERS[scene.object](sheet, scene.object_x, y, k, _INKS.get(color))
 
 
-def _ball(sheet: Sheet, x: float, y: float, k: float, rng: random.Random) -> None:
-    sheet.circle(x, y - 6 * k, 6.5 * k, rng.choice(((230, 60, 60), (60, 90, 230), (250, 200, 40))))
+def _ball(sheet: Sheet, x: float, y: float, k: float, ink: Color) -> None:
+    sheet.circle(x, y - 6 * k, 6.5 * k, ink)
     sheet.box(x - 6.2 * k, y - 7.5 * k, x + 6.2 * k, y - 5 * k, WHITE)
 
 
-def _box(sheet: Sheet, x: float, y: float, k: float, _rng: random.Random) -> None:
-    dark = (100, 62, 26)
-    sheet.box(x - 6 * k, y - 12 * k, x + 6 * k, y, (200, 136, 70), outline=dark)
+def _box(sheet: Sheet, x: float, y: float, k: float, ink: Color | None) -> None:
+    color = ink or (200, 136, 70)
+    dark = shade(color, 0.5)
+    sheet.box(x - 6 * k, y - 12 * k, x + 6 * k, y, color, outline=dark)
     sheet.box(x - 0.8, y - 12 * k, x + 0.8, y, dark)
 
 
-def _tree(sheet: Sheet, x: float, y: float, k: float, _rng: random.Random) -> None:
+def _tree(sheet: Sheet, x: float, y: float, k: float, _ink: None) -> None:
     sheet.box(x - 1.8, y - 12, x + 1.8, y, WOOD)
     sheet.polygon([(x - 8, y - 9), (x + 8, y - 9), (x, y - 31 * k)], (20, 100, 46))
 
 
-def _cup(sheet: Sheet, x: float, y: float, k: float, _rng: random.Random) -> None:
-    sheet.ring(x + 1, y - 10, x + 8.5, y - 2, (20, 150, 164))
-    sheet.polygon(
-        [(x - 6 * k, y - 12 * k), (x + 5 * k, y - 12 * k), (x + 4 * k, y), (x - 5 * k, y)],
-        (20, 190, 204),
-    )
+def _cup(sheet: Sheet, x: float, y: float, k: float, ink: Color | None) -> None:
+    color = ink or (20, 190, 204)
+    sheet.ring(x + 1, y - 10, x + 8.5, y - 2, shade(color, 0.8))
+    sheet.polygon([(x - 6 * k, y - 12 * k), (x + 5 * k, y - 12 * k), (x + 4 * k, y), (x - 5 * k, y)], color)
 
 
-def _flower(sheet: Sheet, x: float, y: float, k: float, _rng: random.Random) -> None:
+def _flower(sheet: Sheet, x: float, y: float, k: float, ink: Color | None) -> None:
     sheet.box(x - 1, y - 13 * k, x + 1, y, (30, 130, 44))
     middle = y - 15 * k
     for petal in range(5):
         angle = petal * math.tau / 5
-        sheet.circle(x + 4 * math.cos(angle), middle + 4 * math.sin(angle), 3.0, (226, 40, 150))
-    sheet.circle(x, middle, 2.5, (255, 220, 60))
+        sheet.circle(x + 4 * math.cos(angle), middle + 4 * math.sin(angle), 3.0, ink or (226, 40, 150))
+    sheet.circle(x, middle, 2.5, WHITE if ink else (255, 220, 60))
 
 
-def _lamp(sheet: Sheet, x: float, y: float, _k: float, _rng: random.Random) -> None:
+def _lamp(sheet: Sheet, x: float, y: float, _k: float, _ink: None) -> None:
     sheet.box(x - 1, y - 20, x + 1, y, (60, 60, 60))
     sheet.polygon([(x - 7, y - 17), (x + 7, y - 17), (x + 3.5, y - 28), (x - 3.5, y - 28)], (255, 140, 30))
     sheet.box(x - 4, y - 1.5, x + 4, y, (60, 60, 60))
 
 
 _DRAWERS = {"ball": _ball, "box": _box, "tree": _tree, "cup": _cup, "flower": _flower, "lamp": _lamp}
+_INKS = {"red": (230, 60, 60), "blue": (60, 90, 230), "yellow": (250, 200, 40)}

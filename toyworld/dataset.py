@@ -1,5 +1,6 @@
 """The cached training set: scenes, their captions, pictures, figure masks and latents, rendered once into runs/."""
 
+import multiprocessing
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ import torch
 
 from .autoencoder import PatchAutoencoder
 from .render import SIZE, render_with_mask
-from .vocabulary import Scene, draw_scene
+from .vocabulary import Scene, draw_training_scene
 
 RUNS = Path(__file__).parent / "runs"
 TRAINING_SEED = 1
 PICTURES = 100_000
+RENDER_CHUNK = 2500
 # Everything that is measured is drawn from seeds from here on; nothing is trained on them.
 HELD_OUT_SEED = 1_000_000
 
@@ -30,13 +32,13 @@ class Pictures:
 def training_scenes(count: int) -> list[Scene]:
     """The first `count` training scenes, always the same."""
     rng = random.Random(TRAINING_SEED)
-    return [draw_scene(rng) for _ in range(count)]
+    return [draw_training_scene(rng) for _ in range(count)]
 
 
 def held_out_scenes(count: int, seed: int = HELD_OUT_SEED) -> list[Scene]:
     """Scenes of the training vocabulary from a seed that training never draws from."""
     rng = random.Random(seed)
-    return [draw_scene(rng) for _ in range(count)]
+    return [draw_training_scene(rng) for _ in range(count)]
 
 
 def training_pictures(count: int) -> Pictures:
@@ -45,7 +47,9 @@ def training_pictures(count: int) -> Pictures:
     picture_file, mask_file = RUNS / f"pictures_{count}.npy", RUNS / f"masks_{count}.npy"
     if not mask_file.exists():
         RUNS.mkdir(exist_ok=True)
-        pictures, masks = draw_all(scenes)
+        parts = [scenes[first : first + RENDER_CHUNK] for first in range(0, count, RENDER_CHUNK)]
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            pictures, masks = (np.concatenate(drawn) for drawn in zip(*pool.map(draw_all, parts)))
         np.save(picture_file, pictures)
         np.save(mask_file, masks)
     return Pictures(scenes, np.load(picture_file, mmap_mode="r"), np.load(mask_file, mmap_mode="r"))

@@ -1,22 +1,23 @@
 """The capsule figure: joints from a pose, then body, head and arms drawn over each other."""
 
 import math
+from dataclasses import replace
 
 from PIL import Image, ImageDraw
 
 from .backdrop import SUPERSAMPLING, Color, shade
-from .looks import BLACK, LOOKS, SHIRTS, SKIN, Look
-from .vocabulary import Scene
+from .looks import BLACK, HATS, LOOKS, SHIRTS, SKIN, Look
+from .vocabulary import HAT, NONE, POINTED_HAT, STRIPED, Character
 
 FIGURE_SCALE = 1.04
 WHITE = (250, 250, 250)
 Point = tuple[float, float]
 
 
-def joints(scene: Scene) -> dict[str, Point]:
+def joints(character: Character) -> dict[str, Point]:
     """Joint positions in figure units before the body's rotation: pelvis at the origin, y downwards."""
-    look = LOOKS[scene.subject]
-    pose = scene.pose
+    look = LOOKS[character.subject]
+    pose = character.pose
     places = {"pelvis": (0.0, 0.0), "neck": (0.0, -look.torso_height), "head": (0.0, head_height(look))}
     for name, side, (upper_arm, lower_arm), (upper_leg, lower_leg) in (
         ("left", -1, pose.arms[:2], pose.legs[:2]),
@@ -48,20 +49,24 @@ def _step(start: Point, angle: float, side: int, length: float) -> Point:
 
 
 class Figure:
-    """Draws one scene's figure on the picture and, in the same strokes, on its mask."""
+    """Draws one character on the picture and, in the same strokes, on a mask."""
 
-    def __init__(self, scene: Scene, image: Image.Image, mask: Image.Image):
-        self.scene = scene
-        self.look = LOOKS[scene.subject]
-        self.shirt = self.look.shirt or SHIRTS[scene.color]
+    def __init__(self, character: Character, image: Image.Image, mask: Image.Image):
+        self.character = character
+        self.look = LOOKS[character.subject]
+        if character.color != NONE and self.look.sleeve:
+            # Those who have a colour of their own wear the other one on their limbs.
+            worn = SHIRTS[character.color]
+            self.look = replace(self.look, sleeve=worn, hand=worn, legs=worn, shoe=shade(worn, 0.6))
+        self.shirt = self.look.shirt or SHIRTS[character.color]
         self.sleeve = self.look.sleeve or self.shirt
         self.pens = (ImageDraw.Draw(image), ImageDraw.Draw(mask))
-        self.unit = scene.scale * FIGURE_SCALE
-        self.joints = joints(scene)
-        radians = math.radians(scene.pose.rotation)
+        self.unit = character.scale * FIGURE_SCALE
+        self.joints = joints(character)
+        radians = math.radians(character.pose.rotation)
         self.cos, self.sin = math.cos(radians), math.sin(radians)
-        self.lying = 45 < scene.pose.rotation < 135
-        self.upside_down = scene.pose.rotation >= 135
+        self.lying = 45 < character.pose.rotation < 135
+        self.upside_down = character.pose.rotation >= 135
         self._stand_on_ground()
 
     def _stand_on_ground(self) -> None:
@@ -83,8 +88,8 @@ class Figure:
     def _place(self, point: Point) -> Point:
         x, y = self._turn(point)
         return (
-            (self.scene.x + (x - self.middle) * self.unit) * SUPERSAMPLING,
-            (self.scene.ground + (y - self.lowest) * self.unit) * SUPERSAMPLING,
+            (self.character.x + (x - self.middle) * self.unit) * SUPERSAMPLING,
+            (self.character.ground + (y - self.lowest) * self.unit) * SUPERSAMPLING,
         )
 
     def capsule(self, start: Point, end: Point, width: float, color: Color) -> None:
@@ -123,8 +128,12 @@ class Figure:
             self.capsule(knee, foot, self.look.limb * 0.9, self.look.legs)
             self.capsule(foot, foot, self.look.limb * 1.2, self.look.shoe)
         self._torso()
+        if self.character.accessory == STRIPED:
+            self._stripes()
         self._ears()
         self._head()
+        if self.character.accessory in (HAT, POINTED_HAT):
+            self._hat()
         for side in ("left", "right"):
             shoulder, elbow, hand = (self.joints[f"{side} {part}"] for part in ("shoulder", "elbow", "hand"))
             self.capsule(shoulder, elbow, self.look.limb * 0.95, shade(self.sleeve, 0.92))
@@ -133,15 +142,15 @@ class Figure:
 
     def _behind(self) -> None:
         y, r = head_height(self.look), self.look.head
-        if self.scene.subject == "cat":
+        if self.character.subject == "cat":
             self.capsule((0, 0), (9, -5), 2.4, self.sleeve)
             self.capsule((9, -5), (10, -10), 2.4, self.sleeve)
-        if self.scene.subject == "woman":
+        if self.character.subject == "woman":
             self.dot(0, y + 3, r * 1.15, self.look.hair)
             self.polygon([(-r, y), (r, y), (r, y + 11), (-r, y + 11)], self.look.hair)
 
     def _torso(self) -> None:
-        subject, height = self.scene.subject, self.look.torso_height
+        subject, height = self.character.subject, self.look.torso_height
         top = self.look.torso_width / 2
         hips = top * 0.85
         if subject == "skeleton":
@@ -163,6 +172,22 @@ class Figure:
             self.polygon([(-hips, -3), (hips, -3), (hips + 3, 7), (-hips - 3, 7)], self.shirt)
         elif subject == "penguin":
             self.dot(0, -height / 2 + 0.5, height * 0.44, WHITE, 0.9)
+
+    def _stripes(self) -> None:
+        height, half = self.look.torso_height, self.look.torso_width / 2 - 1.5
+        # Bright bodies get dark stripes and dark ones bright stripes.
+        ink = BLACK if sum(self.shirt) > 330 else WHITE
+        for share in (0.25, 0.55, 0.85):
+            self.capsule((-half, -height * share), (half, -height * share), 1.7, ink)
+
+    def _hat(self) -> None:
+        brim, r = head_height(self.look) - self.look.head * 0.55, self.look.head
+        color = HATS[self.character.accessory]
+        if self.character.accessory == POINTED_HAT:
+            self.polygon([(-r * 1.15, brim), (r * 1.15, brim), (0, brim - r * 1.9)], color)
+        else:
+            self.polygon([(-r * 0.8, brim - r), (r * 0.8, brim - r), (r * 0.8, brim), (-r * 0.8, brim)], color)
+            self.capsule((-r * 1.2, brim), (r * 1.2, brim), 2.2, color)
 
     def _ears(self) -> None:
         y, r, color = head_height(self.look), self.look.head, self.look.ear_color
@@ -196,7 +221,7 @@ class Figure:
         self._face(y, r)
 
     def _face(self, y: float, r: float) -> None:
-        subject = self.scene.subject
+        subject = self.character.subject
         if subject == "ninja":
             self.capsule((-5.4, y - 3), (5.4, y - 3), 2.0, (226, 40, 40))
             self.capsule((-3.8, y), (3.8, y), 3.6, SKIN)

@@ -23,23 +23,29 @@ from .vocabulary import (
 from .weights import JUDGE, WEIGHTS, read_weights
 
 OTHER = "other"
+# "subject" is the only figure or the left one, "second" the right one. What is no picture of this world (noise, a
+# blank sheet, pieces of several pictures) is "none" to every head, a place without a figure to the first three.
 NAMES = {
-    "action": (*ACTIONS, *HELD_OUT_ACTIONS, OTHER),
-    "subject": (*SUBJECTS, *HELD_OUT_SUBJECTS),
+    "action": (*ACTIONS, *HELD_OUT_ACTIONS, OTHER, NONE),
+    "subject": (*SUBJECTS, *HELD_OUT_SUBJECTS, NONE),
+    "second": (*SUBJECTS, *HELD_OUT_SUBJECTS, NONE),
     "color": (*COLORS, NONE),
     "object": (*OBJECTS, *HELD_OUT_OBJECTS, NONE),
-    "background": BACKGROUNDS,
+    "background": (*BACKGROUNDS, NONE),
     "side": (*SIDES, NONE),
 }
+NOTHING = dict.fromkeys(NAMES, NONE)
 _WIDTH = 16
 
 
 def truth(scene: Scene) -> dict[str, str]:
     """What the judge should read from a picture of the scene."""
+    first, *others = scene.from_left
     return {
         "action": OTHER if scene.action == RANDOM_ACTION else scene.action,
-        "subject": scene.subject,
-        "color": scene.color,
+        "subject": first.subject,
+        "second": others[0].subject if others else NONE,
+        "color": first.color,
         "object": scene.object,
         "background": scene.background,
         "side": NONE if scene.object == NONE else scene.side,
@@ -47,7 +53,7 @@ def truth(scene: Scene) -> dict[str, str]:
 
 
 class Judge(nn.Module):
-    """Reads action, subject, color, object, background and side from pictures (B, 3, 64, 64) in [0, 1]."""
+    """Reads the heads of `NAMES` from pictures (B, 3, 64, 64) in [0, 1]."""
 
     def __init__(self):
         super().__init__()

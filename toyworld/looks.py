@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .backdrop import Color
-from .vocabulary import NONE
+from .vocabulary import HAT, NONE, POINTED_HAT
 
 SHIRTS = {
     "red": (214, 44, 40),
@@ -12,6 +12,7 @@ SHIRTS = {
     "yellow": (240, 196, 30),
     NONE: (0, 0, 0),
 }
+HATS = {HAT: (104, 28, 60), POINTED_HAT: (20, 120, 150)}
 SKIN = (246, 202, 166)
 BLACK = (22, 22, 28)
 

@@ -8,6 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from .vocabulary import (
+    ACCESSORIES,
     ACTIONS,
     BACKGROUNDS,
     COLORS,
@@ -24,14 +25,24 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 # Words of the grammar that are in no list, and words that people start a new concept from. What is held out of
 # training exists as (untrained) tokens, too.
 _OTHER_WORDS = (
-    "a an with the on in at poses arm arms leg legs and up down out bent apart together "
+    "a an with the on in at poses arm arms leg legs and up high out low down bent apart together wide "
     "action pose person someone figure animal character thing object something photo picture of doing style"
 )
 
 
 def world_words() -> list[str]:
     """Every word of the world, once."""
-    lists = (SUBJECTS, HELD_OUT_SUBJECTS, COLORS, ACTIONS, HELD_OUT_ACTIONS, BACKGROUNDS, OBJECTS, HELD_OUT_OBJECTS)
+    lists = (
+        ACCESSORIES,
+        SUBJECTS,
+        HELD_OUT_SUBJECTS,
+        COLORS,
+        ACTIONS,
+        HELD_OUT_ACTIONS,
+        BACKGROUNDS,
+        OBJECTS,
+        HELD_OUT_OBJECTS,
+    )
     phrases = [_OTHER_WORDS, *SIDES, *(phrase for names in lists for phrase in names)]
     return sorted(set(" ".join(phrases).split()))
 

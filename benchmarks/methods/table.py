@@ -1,0 +1,80 @@
+"""What a table is made of: ways to get a concept into a prompt, things to teach, questions to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ...kernels.exemplars import Exemplar
+from ...kernels.gradient_rules import GradientRule, PlainGradient
+from ...kernels.layouts import Layout
+
+# The concept's placeholder in prompts.
+NAME = "it"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to get the concept into the prompt.
+
+    layout, rule, steps, use_masks: as in training; layout None: nothing is learned, words stand in the prompt.
+    exemplars: how many pictures it learns from. tuned_as: the row whose learning rate it takes; its own when empty.
+    judged_by_words: the target is what those words say.
+    """
+
+    name: str
+    layout: Layout | None = None
+    rule: GradientRule = field(default_factory=PlainGradient)
+    steps: int = 300
+    exemplars: int = 10
+    use_masks: bool = False
+    tuned_as: str = ""
+    judged_by_words: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with <it> in it, and the heads of the judge's reading that it asks for."""
+
+    prompt: str
+    wanted: Mapping[str, str]
+
+
+class Table(Protocol):
+    """One comparison. `targets` are what is measured; learning rates are chosen on `tuning_targets` alone.
+
+    columns: what `score` tells; the learning rate that is best in `tuning_column` is taken.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    columns: Sequence[str]
+    tuning_column: str
+    targets: Sequence[str]
+    tuning_targets: Sequence[str]
+
+    def init_word(self, target: str) -> str:
+        """The word that learned vectors start from."""
+        ...
+
+    def exemplars(self, target: str, count: int, seed: int) -> list[Exemplar]:
+        """Pictures to learn the target from."""
+        ...
+
+    def questions(self, target: str) -> list[Question]:
+        """What to paint, with <it>."""
+        ...
+
+    def words(self, target: str) -> str:
+        """What a row that learns nothing writes in the place of <it>."""
+        ...
+
+    def score(self, question: Question, target: str, reading: Mapping[str, str]) -> dict[str, bool]:
+        """By column, whether the judge's reading of a picture is what was wanted."""
+        ...
+
+
+def article(noun: str) -> str:
+    """The noun with its article."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

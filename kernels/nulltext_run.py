@@ -1,0 +1,175 @@
+"""Training one concept model from start to end: named by what decides it, saved as it goes, resumed or returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backbone import Backbone
+from .concept_run import Report
+from .conditioning import StagedContext
+from .latent_cache import LatentCache
+from .nulltext import ConceptModel, null_context
+from .nulltext_training import Alone, ModelState, NullTextSettings, PredictNoise, Workers, train_null_text
+from .run_state import run_fingerprint
+from .sampling import ddim_sample, noise_source
+
+# A state of SD1.x has 13 GB; some minutes of work are lost at most.
+SAVE_EVERY = 500  # steps
+
+
+@dataclass(frozen=True)
+class DomainSamples:
+    """Pictures painted while training, without any text. count: 0 for none. every: steps; 0 for the end only.
+
+    steps, eta: of DDIM. size: width and height in pixels.
+    """
+
+    count: int = 4
+    every: int = 500
+    seed: int = 0
+    steps: int = 25
+    eta: float = 0.0
+    size: int = 512
+
+
+@dataclass(frozen=True)
+class NullTextRun:
+    """What decides a trained concept model.
+
+    name: of the folder its state is kept in. base: the untrained form, or a trained one to go on from. latents: the
+    encoded pictures.
+    """
+
+    name: str
+    base: ConceptModel
+    latents: LatentCache
+    settings: NullTextSettings
+    samples: DomainSamples = DomainSamples(count=0)
+
+    def fingerprint(self, backbone: Backbone) -> str:
+        """The run's name on disk: everything that decides the result, except how many steps it is to have."""
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "steps"}
+        pictures = " ".join(f"{file.parent.name}{file.stem}" for file in self.latents.files)
+        features = {f"{layer}": feature for layer, feature in self.base.features.items()}
+        return run_fingerprint({**settings, "pictures": pictures, "model": backbone.fingerprint()}, features)
+
+    def learn(
+        self,
+        backbone: Backbone,
+        weights: Mapping[str, Tensor],
+        folder: Path,
+        report: Report,
+        predict_noise: PredictNoise | None = None,
+        workers: Workers = Alone(),
+        start_fresh: bool = False,
+    ) -> tuple[ConceptModel, ModelState, Tensor | None]:
+        """Train to the end, from where an earlier run with the same decisions was left.
+
+        backbone: in null-text form, computing with `weights`, which are float32 leaf tensors at the values of the
+        base, by diffusers' names; they are changed in place. folder: where runs are kept. predict_noise: what to
+        train through instead of the backbone, for several workers. start_fresh: forget an earlier run.
+        Returns the concept model of the averaged weights, the state with its history, and the last samples
+        (count, H, W, 3) or None. Raises ValueError when the folder cannot be written, before training; whatever
+        interrupts the run later, its last finished step is saved.
+        """
+        self.settings.check(workers.count)
+        start = {name: weight.detach().clone().cpu() for name, weight in weights.items()}
+        run = self.fingerprint(backbone)
+        state_file = folder / f"{self.name}_{run}" / "state.safetensors"
+        if state_file.exists() and not start_fresh:
+            state = ModelState.load(state_file, weights)
+        else:
+            state = ModelState.start(weights)
+            self._save(state, state_file, workers)
+
+        null = null_context(backbone)
+        predict = predict_noise or (lambda x_t, t: backbone.predict_noise(x_t, t, null.repeat(len(t))))
+        paint = self._painter(backbone, state, report)
+        if state.step < self.settings.steps and state.stopped_short_of < self.settings.steps:
+            state.stopped_short_of = 0
+
+            def after_step(state: ModelState) -> bool:
+                report.step(state.step, state.losses, {key: values[-1] for key, values in state.stats.items()})
+                if self.samples.every and state.step % self.samples.every == 0 and state.step < self.settings.steps:
+                    paint()
+                if state.step % SAVE_EVERY == 0:
+                    self._save(state, state_file, workers)
+                return report.stop_requested
+
+            try:
+                train_null_text(
+                    predict,
+                    backbone.schedule,
+                    self.latents,
+                    self.settings,
+                    state,
+                    after_step,
+                    workers,
+                    backbone.gradient_scale,
+                )
+                state.stopped_short_of = self.settings.steps if state.step < self.settings.steps else 0
+            finally:
+                self._save(state, state_file, workers)
+        return self._concept_model(state, start, run), state, paint()
+
+    def _save(self, state: ModelState, file: Path, workers: Workers) -> None:
+        if workers.rank == 0:
+            state.save(file)
+
+    def _painter(self, backbone: Backbone, state: ModelState, report: Report) -> Callable[[], Tensor | None]:
+        """A function that paints the samples (count, H, W, 3) of the averaged weights and shows them."""
+        plan = self.samples
+        seeds = [plan.seed + number for number in range(plan.count)]
+
+        def paint() -> Tensor | None:
+            if not plan.count:
+                return None
+            null = null_context(backbone).repeat(plan.count)
+            draw_noise = noise_source(backbone, seeds, (plan.size, plan.size))
+            with averaged(state):
+                latents = ddim_sample(
+                    backbone, StagedContext((0,), (null,), {}), null, draw_noise, plan.steps, 1.0, plan.eta
+                )
+            pictures = backbone.decode_latent(latents).cpu()
+            report.samples(torch.cat(list(pictures), dim=1))
+            return pictures
+
+        return paint
+
+    def _concept_model(self, state: ModelState, start: Mapping[str, Tensor], run: str) -> ConceptModel:
+        """`base` with what was learned: on top of its own deltas, where it was trained before."""
+        deltas = {}
+        for name, average in state.averages.items():
+            delta = average.cpu() - start[name]
+            if name in self.base.deltas:
+                delta += self.base.deltas[name]
+            deltas[name] = delta.half()
+        metadata = {
+            **self.base.metadata,
+            **{key: str(value) for key, value in asdict(self.settings).items()},
+            "steps": str(state.step),
+            "pictures": str(len(self.latents)),
+            "run": run,
+        }
+        return replace(self.base, deltas=deltas, metadata=metadata)
+
+
+@contextmanager
+def averaged(state: ModelState) -> Iterator[None]:
+    """While open, the network computes with the averaged weights."""
+    _exchange(state)
+    try:
+        yield
+    finally:
+        _exchange(state)
+
+
+def _exchange(state: ModelState) -> None:
+    for name, weight in state.vectors.items():
+        weight.data, state.averages[name] = state.averages[name], weight.data
