@@ -36,7 +36,7 @@ class AtelierToyCheckpoint(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The toy U-Net, 7 cross-attention layers."),
                 io.Clip.Output(display_name="CLIP", tooltip="The toy text encoder, 22 words a prompt."),
-                io.Vae.Output(display_name="VAE", tooltip="The toy autoencoder, 32 channels, 8 x 8 pixels a latent."),
+                io.Vae.Output(display_name="VAE", tooltip="The toy autoencoder, 24 channels, 8 x 8 pixels a latent."),
             ],
         )
 

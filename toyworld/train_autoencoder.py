@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from .autoencoder import PatchAutoencoder
-from .checkpoints import Checkpoint
 from .dataset import PICTURES, RUNS, draw_all, held_out_scenes, to_pictures, to_tensor, training_pictures
 from .render import picture_grid
+from .train_checkpoint import Checkpoint
 from .weights import AUTOENCODER, WEIGHTS, read_weights, save_weights
 
 PRINCIPAL_PICTURES = 3000

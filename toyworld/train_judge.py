@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from .autoencoder import PatchAutoencoder
-from .checkpoints import Checkpoint
 from .dataset import RUNS, draw_all, to_pictures, to_tensor
 from .judge import NAMES, NOTHING, Judge, truth
 from .junk import decoded_noise, junk_pictures
 from .render import render_empty
+from .train_checkpoint import Checkpoint
 from .vocabulary import (
     ACTIONS,
     HELD_OUT_ACTIONS,

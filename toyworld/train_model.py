@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler
 from torch import distributed
 
 from .autoencoder import PatchAutoencoder
-from .checkpoints import Checkpoint
 from .copy_start import start_as_copy
 from .dataset import HELD_OUT_SEED, PICTURES, RUNS
 from .evaluate import prompt_scenes, readings
@@ -31,6 +30,7 @@ from .model import (
 from .render import picture_grid
 from .sampling import sample
 from .tokenizer import load_tokenizer
+from .train_checkpoint import Checkpoint
 from .training_set import TrainingSet, prepare_training_set
 from .vocabulary import caption
 from .weights import AUTOENCODER, JUDGE, TEXT_ENCODER, UNET, WEIGHTS, read_weights, save_weights
@@ -49,7 +49,7 @@ EMBEDDING_STD = 0.1
 AVERAGE_EVERY = 4
 EMA_EVERY = 5
 GRID_SECONDS = 600
-GRID_PROMPTS = 96
+GRID_PROMPTS = 192
 GRID_SEED = HELD_OUT_SEED + 3
 CURVE = RUNS / "curve.jsonl"
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"

@@ -297,10 +297,11 @@ def _jittered(rng: random.Random, pose: Pose) -> Pose:
 
 
 def _random_pose(rng: random.Random) -> Pose:
-    # A pose that happens to be one of the named or held-out actions would teach it under another caption.
+    # A pose that happens to be one of the named or held-out actions would teach it under another caption; what only
+    # comes close to one is left out, too.
     while True:
         pose = _any_pose(rng)
-        if not any(alike(pose, other) for other in (POSES | HELD_OUT_POSES).values()):
+        if not any(alike(pose, other, arms=22, legs=40) for other in (POSES | HELD_OUT_POSES).values()):
             return pose
 
 
@@ -323,13 +324,13 @@ def _any_pose(rng: random.Random) -> Pose:
     return Pose((*left, *right), (upper[0], lower[0], upper[1], lower[1]))
 
 
-def alike(pose: Pose, other: Pose) -> bool:
-    """Whether a pose, or its mirror image, looks like the other one."""
+def alike(pose: Pose, other: Pose, arms: float = 20, legs: float = 25) -> bool:
+    """Whether a pose, or its mirror image, looks like the other one: no arm or leg differs by as many degrees."""
     turn = abs((pose.rotation - other.rotation + 180) % 360 - 180)
     mirrored = Pose((*pose.arms[2:], *pose.arms[:2]), (*pose.legs[2:], *pose.legs[:2]))
     return turn < 25 and any(
-        max(abs((a - b + 180) % 360 - 180) for a, b in zip(seen.arms, other.arms)) < 22
-        and max(abs(a - b) for a, b in zip(seen.legs, other.legs)) < 40
+        max(abs((a - b + 180) % 360 - 180) for a, b in zip(seen.arms, other.arms)) < arms
+        and max(abs(a - b) for a, b in zip(seen.legs, other.legs)) < legs
         for seen in (pose, mirrored)
     )
 

@@ -15,7 +15,7 @@ from .pictures import to_image
 from .table import NAME, Question, Row, article
 
 SUBJECTS = ("panda", "cat", "rabbit", "bear", "frog", "penguin", "alien", "skeleton")
-PLACES = ("on grass", "on white", "at night")
+PLACES = ("on grass", "at night")
 ALTERNATIVES = 4
 ADI = "ADI"
 # The best that the model's own words say.
@@ -51,17 +51,18 @@ class Actions:
         _masked("ADI, action-different mask only", merge="action only"),
         _masked("ADI, union", merge="union"),
         _masked("ADI, reversed", strategy="reversed"),
-        Row("oracle token (500 pictures)", Layout("prompt"), steps=900, exemplars=500, tuned_as="Textual Inversion"),
+        Row("oracle token (500 pictures)", Layout("prompt"), steps=600, exemplars=500, tuned_as="Textual Inversion"),
     )
 
     def init_word(self, _target: str) -> str:
         return "poses"
 
-    def exemplars(self, target: str, count: int, seed: int) -> list[Exemplar]:
-        """Each picture with the same figure at the same place doing something else."""
+    def exemplars(self, row: Row, target: str, seed: int) -> list[Exemplar]:
+        """With triples, each picture beside the same figure at the same place doing something else."""
+        alternatives = ALTERNATIVES if isinstance(row.rule, MaskedTriples) else 0
         exemplars = []
-        for number, scene in enumerate(exemplar_scenes(target, count, seed)):
-            others = tuple(to_image(render(other)) for other in other_action_scenes(scene, ALTERNATIVES, number))
+        for number, scene in enumerate(exemplar_scenes(target, row.exemplars, seed)):
+            others = tuple(to_image(render(other)) for other in other_action_scenes(scene, alternatives, number))
             exemplars.append(Exemplar(to_image(render(scene)), caption(scene, action_text="{}"), None, others))
         return exemplars
 

@@ -89,7 +89,7 @@ class Cell:
             "layout": str(self.way.layout),
             "rule": str(self.way.rule),
             "target": self.target,
-            "words": TABLES[self.table].words(self.target),
+            "words": None if self.way.layout else TABLES[self.table].words(self.target),
             "init_word": TABLES[self.table].init_word(self.target),
             "seed": self.seed,
             "learning_rate": self.learning_rate if self.way.layout else 0.0,
@@ -178,7 +178,7 @@ def make(cell: Cell, folder: Path) -> Path:
         settings = TrainingSettings(
             steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, use_masks=way.use_masks
         )
-        exemplars = table.exemplars(cell.target, way.exemplars, cell.seed)
+        exemplars = table.exemplars(way, cell.target, cell.seed)
         run = ConceptRun(NAME, table.init_word(cell.target), exemplars, way.layout, way.rule, settings)
         with tempfile.TemporaryDirectory() as runs:
             concept, _, _ = run.learn(backbone, Path(runs), Silent())

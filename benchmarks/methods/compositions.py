@@ -38,10 +38,10 @@ class Compositions:
     def init_word(self, target: str) -> str:
         return INIT_WORDS[target]
 
-    def exemplars(self, target: str, count: int, seed: int) -> list[Exemplar]:
+    def exemplars(self, row: Row, target: str, seed: int) -> list[Exemplar]:
         return [
             Exemplar(to_image(render(scene)), caption(scene).replace(article(target), "a {}"))
-            for scene in subject_scenes(target, count, seed)
+            for scene in subject_scenes(target, row.exemplars, seed)
         ]
 
     def questions(self, target: str) -> list[Question]:

@@ -37,11 +37,11 @@ class Subjects:
     def init_word(self, target: str) -> str:
         return INIT_WORDS[target]
 
-    def exemplars(self, target: str, count: int, seed: int) -> list[Exemplar]:
+    def exemplars(self, row: Row, target: str, seed: int) -> list[Exemplar]:
         """Captions name what the subject does, and nothing around it."""
         rng = random.Random(seed)
         exemplars = []
-        for number in range(count):
+        for number in range(row.exemplars):
             action = EXEMPLAR_ACTIONS[number % len(EXEMPLAR_ACTIONS)]
             scene = draw_scene(rng, target, action, accessory=NONE, **DISTRACTION)
             picture, mask = render_with_mask(scene)

@@ -26,7 +26,7 @@ class Row:
     name: str
     layout: Layout | None = None
     rule: GradientRule = field(default_factory=PlainGradient)
-    steps: int = 300
+    steps: int = 200
     exemplars: int = 10
     use_masks: bool = False
     tuned_as: str = ""
@@ -58,8 +58,8 @@ class Table(Protocol):
         """The word that learned vectors start from."""
         ...
 
-    def exemplars(self, target: str, count: int, seed: int) -> list[Exemplar]:
-        """Pictures to learn the target from."""
+    def exemplars(self, row: Row, target: str, seed: int) -> list[Exemplar]:
+        """As many pictures to learn the target from as the row wants."""
         ...
 
     def questions(self, target: str) -> list[Question]:

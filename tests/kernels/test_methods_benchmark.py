@@ -64,6 +64,14 @@ def test_the_command_prints_a_table_and_resumes(name, tmp_path, monkeypatch, cap
     assert first.split("runs a row")[1] == again.split("runs a row")[1]
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_every_cell_of_the_full_table_has_a_name(name, tmp_path):
+    table, effort = TABLES[name], cells.Effort()
+    by_row = command.tuning_cells(table, effort).values()
+    tuning = [cell for rates in by_row for candidates in rates.values() for cell in candidates]
+    assert len({cell.file(tmp_path) for cell in tuning}) == len(tuning) > 0
+
+
 def test_learning_rates_are_chosen_on_other_targets_than_those_measured():
     for table in TABLES.values():
         assert not set(table.targets) & set(table.tuning_targets)
@@ -82,14 +90,14 @@ def test_the_full_table_is_as_thorough_as_promised():
 def test_questions_show_subjects_that_no_exemplar_shows():
     for target in ACTIONS.targets:
         asked = {question.wanted["subject"] for question in ACTIONS.questions(target)}
-        shown = " ".join(exemplar.caption for exemplar in ACTIONS.exemplars(target, 10, 0))
+        shown = " ".join(exemplar.caption for exemplar in ACTIONS.exemplars(ACTIONS.rows[numbered("ADI")], target, 0))
         assert not any(subject in shown.split() for subject in asked)
 
 
 def test_subjects_are_shown_in_one_place_and_asked_for_in_others():
     subjects = TABLES["subjects"]
     for target in subjects.targets:
-        assert len({exemplar.caption for exemplar in subjects.exemplars(target, 6, 0)}) == 6
+        assert len({exemplar.caption for exemplar in subjects.exemplars(subjects.rows[1], target, 0)}) == 6
         assert all(question.wanted["background"] != "on the beach" for question in subjects.questions(target))
 
 

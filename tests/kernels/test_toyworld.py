@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from concept_atelier.toyworld.autoencoder import LATENT_CHANNELS, PatchAutoencoder
-from concept_atelier.toyworld.dataset import draw_all, held_out_scenes, to_tensor, training_scenes
+from concept_atelier.toyworld.dataset import PICTURES, draw_all, held_out_scenes, to_tensor, training_scenes
 from concept_atelier.toyworld.evaluate import prompt_scenes, readings
 from concept_atelier.toyworld.exemplars import exemplar_scenes, other_action_scenes
 from concept_atelier.toyworld.judge import NAMES, load_judge, truth
@@ -100,7 +100,7 @@ def test_any_prompt_tokenises_without_unknown_pieces(toy):
 def test_nothing_held_out_is_in_a_training_caption_or_picture():
     held_out = {*HELD_OUT_SUBJECTS, *HELD_OUT_ACTIONS, *HELD_OUT_OBJECTS}
     # A picture is drawn from its scene alone: what no scene holds, no picture shows.
-    for scene in training_scenes(20_000):
+    for scene in training_scenes(PICTURES):
         assert not held_out & set(caption(scene).split())
         assert scene.action in (*ACTIONS, RANDOM_ACTION)
         assert scene.object in (*OBJECTS, NONE)

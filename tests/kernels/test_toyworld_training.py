@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from concept_atelier.toyworld import train_model
-from concept_atelier.toyworld.checkpoints import Checkpoint
 from concept_atelier.toyworld.model import TOKENIZER_FOLDER
 from concept_atelier.toyworld.tokenizer import load_tokenizer
+from concept_atelier.toyworld.train_checkpoint import Checkpoint
 from concept_atelier.toyworld.train_model import TOKEN_EMBEDDING, ModelTraining, learning_rate, training_loss
 from concept_atelier.toyworld.training_set import TrainingSet
 from concept_atelier.toyworld.weights import TEXT_ENCODER, UNET, WEIGHTS, read_weights
