@@ -25,10 +25,10 @@ SHEET_QUESTIONS = 4
 
 
 def tuning_cells(table: Table, effort: Effort) -> dict[int, dict[float, list[Cell]]]:
-    """For each row with a learning rate of its own, the cells that each candidate is judged by."""
+    """For each row with a learning rate of its own, one cell of every target for each candidate."""
     return {
         number: {
-            rate: [Cell(table.name, number, target, 0, rate, effort) for target in table.tuning_targets]
+            rate: [Cell(table.name, number, target, 0, rate, effort) for target in table.targets]
             for rate in effort.learning_rates
         }
         for number, row in enumerate(table.rows)
@@ -36,15 +36,22 @@ def tuning_cells(table: Table, effort: Effort) -> dict[int, dict[float, list[Cel
     }
 
 
-def choose_rates(table: Table, effort: Effort, folder: Path) -> dict[str, float]:
-    """The best learning rate of each row on the tuning targets, by row name; the lower of equals."""
-    rates = {row.name: effort.learning_rates[0] for row in table.rows}
+def choose_rates(table: Table, effort: Effort, folder: Path) -> dict[tuple[str, str], float]:
+    """By row name and target, the learning rate that is best on the other targets; the lower of equals."""
+    rates = {(row.name, target): effort.learning_rates[0] for row in table.rows for target in table.targets}
     for number, candidates in tuning_cells(table, effort).items():
-        means = {rate: column_mean(cells, table.tuning_column, folder) for rate, cells in candidates.items()}
-        rates[table.rows[number].name] = max(means, key=means.get)
-        shares = ", ".join(f"{rate:g}: {mean:.0%}" for rate, mean in means.items())
-        print(f"{table.rows[number].name}, {table.tuning_column} by learning rate: {shares}")
-    return rates | {row.name: rates[row.tuned_as] for row in table.rows if row.tuned_as}
+        name = table.rows[number].name
+        for target in table.targets:
+            means = {
+                rate: column_mean([cell for cell in cells if cell.target != target], table.tuning_column, folder)
+                for rate, cells in candidates.items()
+            }
+            rates[name, target] = max(means, key=means.get)
+        over_all = {rate: column_mean(cells, table.tuning_column, folder) for rate, cells in candidates.items()}
+        shares = ", ".join(f"{rate:g}: {mean:.0%}" for rate, mean in over_all.items())
+        print(f"{name}, {table.tuning_column} by learning rate, all targets, seed 0: {shares}")
+    shared = {(row.name, t): rates[row.tuned_as, t] for row in table.rows if row.tuned_as for t in table.targets}
+    return rates | shared
 
 
 def column_mean(cells: list[Cell], column: str, folder: Path) -> float:
@@ -71,8 +78,8 @@ def make_all(cells: list[Cell], folder: Path, processes: int) -> None:
         print(f"  {number}/{len(missing)} after {time.monotonic() - start:.0f} s: {file.stem}", flush=True)
 
 
-def print_table(table: Table, cells: dict[str, list[Cell]], rates: dict[str, float], folder: Path) -> None:
-    """Markdown: rows with their learning rates and intervals, then the first target column by target."""
+def print_table(table: Table, cells: dict[str, list[Cell]], folder: Path) -> None:
+    """Markdown: rows with their learning rates and intervals, then one column by target."""
     row_answers = {name: [answers(cell, folder) for cell in row_cells] for name, row_cells in cells.items()}
     runs, pictures = (len(next(iter(row_answers.values()))), len(next(iter(row_answers.values()))[0]))
     print(f"\n{runs} runs a row, {pictures} pictures a run; mean of the runs (95 % interval over runs and pictures)\n")
@@ -83,7 +90,8 @@ def print_table(table: Table, cells: dict[str, list[Cell]], rates: dict[str, flo
             bootstrap([[score[column] for score in run] for run in row_answers[row.name]]) for column in table.columns
         ]
         shares = " | ".join(f"{mean:.1%} ({low:.1%} to {high:.1%})" for mean, low, high in columns)
-        print(f"| {row.name} | {f'{rates[row.name]:g}' if row.layout else ''} | {shares} |")
+        rates = sorted({cell.learning_rate for cell in cells[row.name]}) if row.layout else []
+        print(f"| {row.name} | {', '.join(f'{rate:g}' for rate in rates)} | {shares} |")
     targets = list(dict.fromkeys(cell.target for cell in next(iter(cells.values()))))
     print(f"\n{table.tuning_column} by target\n")
     print("| row |", " | ".join(targets), "|")
@@ -121,14 +129,14 @@ def main() -> None:
     rates = choose_rates(table, effort, folder)
     cells = {
         row.name: [
-            Cell(table.name, number, target, seed, rates[row.name], effort)
+            Cell(table.name, number, target, seed, rates[row.name, target], effort)
             for seed in range(effort.seeds)
             for target in table.targets[: effort.targets]
         ]
         for number, row in enumerate(table.rows)
     }
     make_all([cell for row_cells in cells.values() for cell in row_cells], folder, arguments.processes)
-    print_table(table, cells, rates, folder)
+    print_table(table, cells, folder)
     picture = folder / f"{table.name}{'_quick' if arguments.quick else ''}.png"
     contact_sheet(sheet(cells, folder)).save(picture)
     print(f"\nWrote {picture}")

@@ -39,8 +39,6 @@ class Actions:
     columns = ("action", "subject", "total")
     tuning_column = "total"
     targets = HELD_OUT_ACTIONS
-    # Actions that the model has words for, taught again as if it had none.
-    tuning_targets = ("flexes", "squats")
     rows = (
         Row("no training (words)"),
         Row("Textual Inversion", Layout("prompt")),

@@ -29,7 +29,6 @@ class Compositions:
     columns = ("both present", "concept right")
     tuning_column = "concept right"
     targets = HELD_OUT_SUBJECTS
-    tuning_targets = ("frog", "robot")
     rows = (
         Row("no training (a known subject's word)", judged_by_words=True),
         Row("Textual Inversion", Layout("prompt")),

@@ -12,7 +12,7 @@ from ...toyworld.vocabulary import HELD_OUT_SUBJECTS, NONE, draw_scene
 from .pictures import to_image
 from .table import NAME, Question, Row
 
-INIT_WORDS = {"wizard": "man", "pig": "bear", "frog": "cat", "robot": "man"}
+INIT_WORDS = {"wizard": "man", "pig": "bear"}
 DISTRACTION = {"background": "on the beach", "object": "tree", "side": "left"}
 EXEMPLAR_ACTIONS = ("stands", "raises both arms", "squats", "salutes", "sits", "flexes")
 ACTIONS = ("raises one arm", "raises both arms", "kicks", "sits", "flexes", "salutes")
@@ -27,7 +27,6 @@ class Subjects:
     columns = ("subject", "prompt", "leak of background")
     tuning_column = "subject"
     targets = HELD_OUT_SUBJECTS
-    tuning_targets = ("frog", "robot")
     rows = (
         Row("no training (the word it starts from)"),
         Row("Textual Inversion", Layout("prompt")),

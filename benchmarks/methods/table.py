@@ -42,9 +42,9 @@ class Question:
 
 
 class Table(Protocol):
-    """One comparison. `targets` are what is measured; learning rates are chosen on `tuning_targets` alone.
+    """One comparison. targets: what is taught. columns: what `score` tells.
 
-    columns: what `score` tells; the learning rate that is best in `tuning_column` is taken.
+    tuning_column: for each target, the learning rate that is best in it on the other targets is taken.
     """
 
     name: str
@@ -52,7 +52,6 @@ class Table(Protocol):
     columns: Sequence[str]
     tuning_column: str
     targets: Sequence[str]
-    tuning_targets: Sequence[str]
 
     def init_word(self, target: str) -> str:
         """The word that learned vectors start from."""
