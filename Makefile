@@ -20,7 +20,7 @@ export OMP_NUM_THREADS := 1
 # Another ComfyUI, or changed requirements, mean another set-up.
 READY := $(VENV)/.ready$(subst /,-,$(COMFYUI))
 
-.PHONY: demo test test-kernels lint locales workflows thumbnails
+.PHONY: demo test test-kernels test-matrix lint locales workflows thumbnails
 
 demo: $(READY)
 	$(PY) -m concept_atelier.benchmarks.demo
@@ -33,6 +33,11 @@ test: $(READY)
 
 test-kernels: $(READY)
 	$(PY) -m pytest tests/kernels
+
+# Developers: what depends on transformers, with the oldest supported, the last of 4.x and the newest. Takes minutes and
+# the network; the environments are thrown away.
+test-matrix: $(READY)
+	$(PY) tests/matrix/run.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

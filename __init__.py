@@ -11,7 +11,21 @@ async def comfy_entrypoint():
     """What ComfyUI calls once when it loads the pack: returns the extension that lists the nodes."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import apply, attention, data, files, gradient, guidance, tokens, toy, train, triples
+    from .nodes import (
+        apply,
+        attention,
+        data,
+        files,
+        gradient,
+        guidance,
+        inversion,
+        masks,
+        nulltext,
+        tokens,
+        toy,
+        train,
+        triples,
+    )
     from .nodes.native import live
 
     class ConceptAtelier(ComfyExtension):
@@ -19,7 +33,21 @@ async def comfy_entrypoint():
             live.register_routes()
 
         async def get_node_list(self):
-            modules = (data, triples, tokens, gradient, train, files, apply, guidance, attention, toy)
+            modules = (
+                data,
+                triples,
+                tokens,
+                gradient,
+                train,
+                files,
+                apply,
+                guidance,
+                nulltext,
+                masks,
+                inversion,
+                attention,
+                toy,
+            )
             return [node for module in modules for node in module.NODES]
 
     return ConceptAtelier()

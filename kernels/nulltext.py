@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from .backbone import Backbone, Layer, TextContext
@@ -168,6 +169,12 @@ def save_concept_model(path: Path, model: ConceptModel) -> None:
         tensors["pooled"] = model.pooled.contiguous()
     header = {**model.metadata, "format_version": str(FORMAT_VERSION), "concept_model": model.family}
     write_safetensors(path, tensors, header)
+
+
+def concept_model_header(path: Path) -> dict[str, str]:
+    """The strings in a safetensors file, without its tensors."""
+    with safe_open(str(path), framework="pt") as file:
+        return file.metadata() or {}
 
 
 def load_concept_model(path: Path) -> ConceptModel:

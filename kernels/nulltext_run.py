@@ -13,11 +13,12 @@ from torch import Tensor
 from .backbone import Backbone
 from .concept_run import Report
 from .conditioning import StagedContext
+from .files import read_safetensors, write_safetensors
 from .latent_cache import LatentCache
 from .nulltext import ConceptModel, null_context
-from .nulltext_training import Alone, ModelState, NullTextSettings, PredictNoise, Workers, train_null_text
+from .nulltext_training import ALONE, ModelState, NullTextSettings, PredictNoise, Workers, train_null_text
 from .run_state import run_fingerprint
-from .sampling import ddim_sample, noise_source
+from .sampling import classifier_free, ddim_sample, noise_source
 
 # A state of SD1.x has 13 GB; some minutes of work are lost at most.
 SAVE_EVERY = 500  # steps
@@ -66,7 +67,7 @@ class NullTextRun:
         folder: Path,
         report: Report,
         predict_noise: PredictNoise | None = None,
-        workers: Workers = Alone(),
+        workers: Workers = ALONE,
         start_fresh: bool = False,
     ) -> tuple[ConceptModel, ModelState, Tensor | None]:
         """Train to the end, from where an earlier run with the same decisions was left.
@@ -81,16 +82,23 @@ class NullTextRun:
         self.settings.check(workers.count)
         start = {name: weight.detach().clone().cpu() for name, weight in weights.items()}
         run = self.fingerprint(backbone)
-        state_file = folder / f"{self.name}_{run}" / "state.safetensors"
+        here = folder / f"{self.name}_{run}"
+        state_file, samples_file = here / "state.safetensors", here / "samples.safetensors"
         if state_file.exists() and not start_fresh:
             state = ModelState.load(state_file, weights)
         else:
             state = ModelState.start(weights)
             self._save(state, state_file, workers)
+        for number in (len(self.latents), state.step):
+            if workers.mean(torch.tensor(float(number), device=backbone.device)) != number:
+                raise ValueError(
+                    f"The workers do not see the same files (here {len(self.latents)} pictures, step {state.step}): "
+                    "give all machines one folder for the work, on a disk that they share."
+                )
 
         null = null_context(backbone)
         predict = predict_noise or (lambda x_t, t: backbone.predict_noise(x_t, t, null.repeat(len(t))))
-        paint = self._painter(backbone, state, report)
+        paint = self._painter(backbone, state, report, samples_file)
         if state.step < self.settings.steps and state.stopped_short_of < self.settings.steps:
             state.stopped_short_of = 0
 
@@ -122,21 +130,26 @@ class NullTextRun:
         if workers.rank == 0:
             state.save(file)
 
-    def _painter(self, backbone: Backbone, state: ModelState, report: Report) -> Callable[[], Tensor | None]:
-        """A function that paints the samples (count, H, W, 3) of the averaged weights and shows them."""
+    def _painter(
+        self, backbone: Backbone, state: ModelState, report: Report, file: Path
+    ) -> Callable[[], Tensor | None]:
+        """A function that paints the samples (count, H, W, 3) of this moment, unless `file` already holds them."""
         plan = self.samples
         seeds = [plan.seed + number for number in range(plan.count)]
 
         def paint() -> Tensor | None:
             if not plan.count:
                 return None
-            null = null_context(backbone).repeat(plan.count)
-            draw_noise = noise_source(backbone, seeds, (plan.size, plan.size))
-            with averaged(state):
-                latents = ddim_sample(
-                    backbone, StagedContext((0,), (null,), {}), null, draw_noise, plan.steps, 1.0, plan.eta
-                )
-            pictures = backbone.decode_latent(latents).cpu()
+            header = {"plan": str(plan), "step": str(state.step)}
+            if not file.exists() or read_safetensors(file)[1] != header:
+                null = null_context(backbone).repeat(plan.count)
+                predict_noise = classifier_free(backbone, StagedContext((0,), (null,), {}), null, cfg=1)
+                draw_noise = noise_source(backbone, seeds, (plan.size, plan.size))
+                with averaged(state):
+                    latents = ddim_sample(backbone.schedule, predict_noise, draw_noise, plan.steps, plan.eta)
+                pixels = (backbone.decode_latent(latents).cpu() * 255).round().to(torch.uint8).contiguous()
+                write_safetensors(file, {"samples": pixels}, header)
+            pictures = read_safetensors(file)[0]["samples"].float() / 255
             report.samples(torch.cat(list(pictures), dim=1))
             return pictures
 

@@ -83,6 +83,9 @@ class Alone:
         return value
 
 
+ALONE = Alone()
+
+
 @dataclass
 class ModelState(RunState):
     """A RunState whose `vectors` are the weights of a network by diffusers' names, beside their moving averages.
@@ -143,7 +146,7 @@ def train_null_text(
     settings: NullTextSettings,
     state: ModelState,
     after_step: Callable[[ModelState], bool],
-    workers: Workers = Alone(),
+    workers: Workers = ALONE,
     gradient_scale: float = 1.0,
 ) -> None:
     """Train the weights of `state` in place from `state.step` to `settings.steps`.
@@ -157,14 +160,14 @@ def train_null_text(
     optimizer = state.make_optimizer(settings.learning_rate, settings.weight_decay)
     weights = list(state.vectors.values())
     device = weights[0].device
+    shape = latents.read(0, mirrored=False).shape
     while state.step < settings.steps:
         # The whole batch's random numbers on every worker, so that they do not depend on how it is shared out.
         generator = step_generator(settings.seed, state.step, "batch")
         pictures = draw_anchors(len(latents), settings.batch_size, generator)
         mirrored = torch.rand(settings.batch_size, generator=generator) < (0.5 if settings.mirror else 0.0)
         t = draw_timesteps("uniform", (settings.batch_size,), len(schedule), generator)
-        noise_shape = (settings.batch_size, *latents.read(pictures[0], False).shape)
-        eps = torch.randn(noise_shape, generator=generator)
+        eps = torch.randn((settings.batch_size, *shape), generator=generator)
 
         # ||eps - eps_theta(x_t, t)||^2 over this worker's share, part by part.
         share = torch.arange(settings.batch_size)[workers.rank :: workers.count]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,15 +97,18 @@ def weights_fingerprint(*modules: nn.Module) -> str:
 
     Different fine-tunes and merged LoRAs differ in nearly every value, so spread values tell them apart.
     """
+    weights = (entry for module in modules for entry in sorted(module.state_dict().items()))
+    return tensors_fingerprint((key, value) for key, value in weights if not key.endswith(UNLOADED))
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of named tensors in their order: names, shapes and 64 spread values of each."""
     digest = hashlib.sha256()
-    for module in modules:
-        for key, value in sorted(module.state_dict().items()):
-            if key.endswith(UNLOADED):
-                continue
-            digest.update(f"{key}{tuple(value.shape)}".encode())
-            flat = value.detach().reshape(-1)
-            spread = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
-            digest.update(spread.float().cpu().numpy().tobytes())
+    for key, value in tensors:
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        flat = value.detach().reshape(-1)
+        spread = flat[torch.linspace(0, flat.numel() - 1, min(64, flat.numel())).long().to(flat.device)]
+        digest.update(spread.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Deterministic sampling over a Backbone: live samples while training, pictures for scripts.
+"""Sampling over a Backbone: live samples while training, pictures for scripts.
 
 Inside ComfyUI pictures come from ComfyUI's own samplers; this is for what happens inside one node or without it.
 """
@@ -14,37 +14,51 @@ from .backbone import Backbone, TextContext
 from .conditioning import StagedContext, encode_prompt
 from .layouts import BoundLayout
 from .prompts import Prompt
+from .schedule import NoiseSchedule
 
 
 def ddim_sample(
-    backbone: Backbone,
-    context: StagedContext,
-    unconditional: TextContext,
+    schedule: NoiseSchedule,
+    predict_noise: Callable[[Tensor, int], Tensor],
     draw_noise: Callable[[], Tensor],
     steps: int,
-    cfg: float,
     eta: float = 0.0,
     callback: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021) with classifier-free guidance eps_0 + cfg (eps - eps_0) (Ho & Salimans 2022).
+    """DDIM (Song et al. 2021).
 
-    context: of a batch B. unconditional: a plain context of batch B. draw_noise: gives noise (B, C, h, w), to start
+    predict_noise: (x_t (B, C, h, w), t) -> eps with whatever guidance. draw_noise: gives noise (B, C, h, w), to start
     from and, with eta > 0, to add at each step. eta: 0 is deterministic, 1 is DDPM. callback: called with the number
     of finished steps, may raise to cancel. Returns clean latents (B, C, h, w).
     """
-    timesteps = backbone.schedule.sampling_timesteps(steps)
+    timesteps = schedule.sampling_timesteps(steps)
     x_t = draw_noise()
     with torch.no_grad():
         for i, t in enumerate(timesteps):
-            t_batch = torch.full((x_t.shape[0],), t, device=x_t.device)
-            eps = backbone.predict_noise(x_t, t_batch, context.at(t))
-            if cfg != 1:
-                eps_0 = backbone.predict_noise(x_t, t_batch, unconditional)
-                eps = eps_0 + cfg * (eps - eps_0)
+            eps = predict_noise(x_t, t)
             t_next = timesteps[i + 1] if i + 1 < steps else -1
-            x_t = backbone.schedule.ddim_step(x_t, eps, t, t_next, eta, draw_noise() if eta else None)
+            x_t = schedule.ddim_step(x_t, eps, t, t_next, eta, draw_noise() if eta else None)
             callback(i + 1)
     return x_t
+
+
+def classifier_free(
+    backbone: Backbone, context: StagedContext, unconditional: TextContext, cfg: float
+) -> Callable[[Tensor, int], Tensor]:
+    """eps_0 + cfg (eps - eps_0) (Ho & Salimans 2022) of a batch, for `ddim_sample`; at cfg 1 eps alone is computed.
+
+    context, unconditional: of that batch.
+    """
+
+    def predict_noise(x_t: Tensor, t: int) -> Tensor:
+        t_batch = torch.full((x_t.shape[0],), t, device=x_t.device)
+        eps = backbone.predict_noise(x_t, t_batch, context.at(t))
+        if cfg == 1:
+            return eps
+        eps_0 = backbone.predict_noise(x_t, t_batch, unconditional)
+        return eps_0 + cfg * (eps - eps_0)
+
+    return predict_noise
 
 
 def noise_source(backbone: Backbone, seeds: Sequence[int], size: tuple[int, int]) -> Callable[[], Tensor]:
@@ -71,8 +85,8 @@ def paint(
 ) -> Tensor:
     """One picture for each prompt, with its seed, in one batch: (len(prompts), H, W, 3) in 0..1.
 
-    prompts: all with the same concepts. vectors, layouts: as for `encode_prompt`. size: (H, W) in pixels. steps, cfg,
-    eta, callback: as for `ddim_sample`.
+    prompts: all with the same concepts. vectors, layouts: as for `encode_prompt`. size: (H, W) in pixels. steps, eta,
+    callback: as for `ddim_sample`. cfg: as for `classifier_free`.
     """
     with torch.no_grad():
         context = StagedContext.cat(
@@ -84,6 +98,5 @@ def paint(
         empty = backbone.encode_text(Prompt(()), {})
         unconditional = TextContext.plain(empty.hidden, backbone.layers, empty.pooled).repeat(len(prompts))
         draw_noise = noise_source(backbone, seeds, size)
-        return backbone.decode_latent(
-            ddim_sample(backbone, context, unconditional, draw_noise, steps, cfg, eta, callback)
-        )
+        predict_noise = classifier_free(backbone, context, unconditional, cfg)
+        return backbone.decode_latent(ddim_sample(backbone.schedule, predict_noise, draw_noise, steps, eta, callback))

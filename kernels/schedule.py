@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,13 +55,19 @@ class NoiseSchedule:
         t_next > t is the inverse step. t_next = -1 stands for the clean picture, abar = 1. eta: 0 for the
         deterministic step, 1 for DDPM's (Eq. 16); then `fresh` is new noise of x_t's shape.
         """
-        abar = self.alphas_cumprod[t]
-        abar_next = self.alphas_cumprod[t_next] if t_next >= 0 else torch.ones((), dtype=torch.float64)
-        sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt() if eta else torch.zeros(())
-        scale = float((abar_next / abar).sqrt())
-        shift = float((1 - abar_next - sigma**2).sqrt() - (abar_next * (1 - abar) / abar).sqrt())
+        abar, abar_next = self.abar_along([t, t_next])[:2].tolist()
+        sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5 if eta else 0.0
+        scale, shift = ddim_coefficients(abar, abar_next, sigma)
         x_next = scale * x_t + shift * eps
-        return x_next + float(sigma) * fresh if eta else x_next
+        return x_next + sigma * fresh if eta else x_next
+
+    def abar_along(self, timesteps: Sequence[int]) -> Tensor:
+        """abar of a sampling that visits S timesteps and ends at the clean picture: (S + 1,) float64, the last one 1.
+
+        A timestep of -1 stands for the clean picture as well.
+        """
+        clean = torch.ones(1, dtype=torch.float64)
+        return torch.cat([torch.cat([self.alphas_cumprod, clean])[list(timesteps)], clean])
 
     def sampling_timesteps(self, steps: int) -> list[int]:
         """`steps` timesteps from noisy to clean, evenly spaced, the first one T-1.
@@ -69,3 +77,13 @@ class NoiseSchedule:
         if not 1 <= steps <= len(self):
             raise ValueError(f"steps must be within 1..{len(self)}, got {steps}.")
         return [len(self) - 1 - i * len(self) // steps for i in range(steps)]
+
+
+def ddim_coefficients(abar: float, abar_next: float, sigma: float = 0.0) -> tuple[float, float]:
+    """(scale, shift) of the DDIM step x_next = scale x + shift eps (Song et al. 2021, Eq. 12), sigma its fresh noise.
+
+    Deterministic (sigma = 0), they are beta_t and -gamma_t of METHODS 0.5; x = (x_next - shift eps) / scale undoes the
+    step.
+    """
+    scale = (abar_next / abar) ** 0.5
+    return scale, (1 - abar_next - sigma**2) ** 0.5 - scale * (1 - abar) ** 0.5

@@ -73,11 +73,11 @@ def cost_output() -> io.Output:
     return io.String.Output(display_name="cost", tooltip=COST_TOOLTIP)
 
 
-def show(text: str, node_id: str | None) -> None:
-    """Write `text` on the node."""
+def show(text: str, node: type[io.ComfyNode]) -> None:
+    """Write `text` on the node that is running; outside a server nobody sees it."""
     server = prompt_server()
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+    if server is not None and node.hidden is not None:
+        server.send_progress_text(text, node.hidden.unique_id)
 
 
 class AtelierGuidanceBranch(io.ComfyNode):
@@ -180,7 +180,7 @@ class AtelierGCFGGuider(io.ComfyNode):
         projection = AdaptiveProjection(apg_eta, apg_norm_threshold, apg_momentum)
         guider = GCFGGuider(model, unconditional, branches, Correction(rescale, projection))
         text = cost_report(guider)
-        show(text, cls.hidden.unique_id)
+        show(text, cls)
         return io.NodeOutput(guider, text)
 
 
@@ -217,7 +217,7 @@ class AtelierGCFG(io.ComfyNode):
         patched = added.patch(model)
         # What it costs with plain prompts in KSampler and any cfg that keeps the negative; MODELs are checked by it.
         text = cost_report(added.guider(model, [[None, {}]], [[None, {}]], cfg=7.5))
-        show(text, cls.hidden.unique_id)
+        show(text, cls)
         return io.NodeOutput(patched, text)
 
 

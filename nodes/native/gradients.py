@@ -47,6 +47,21 @@ def differentiable(model: ModelPatcher, clip: comfy.sd.CLIP) -> Iterator[tuple[M
         yield model, clip
 
 
+@contextmanager
+def differentiable_model(model: ModelPatcher) -> Iterator[ModelPatcher]:
+    """As `differentiable`, where there is nothing to differentiate but MODEL; yields the one to use.
+
+    For ComfyUI's own sampling, which loads what a conditioning brings along: run that in inference mode again and let
+    the sampler inside leave it.
+    """
+    refuse_quantised(model.model, "MODEL")
+    with torch.inference_mode(False):
+        model = _whole_model(model)
+        load_for_gradients([model])
+        with frozen(model.model):
+            yield model
+
+
 def refuse_quantised(module: nn.Module, name: str) -> None:
     """Raise ValueError when a weight matrix of `module` is stored in fewer than 16 bits. name: of the node input."""
     for weight in module.parameters():

@@ -1,15 +1,16 @@
 """Several conditionings on one base model in as few forwards as their models and patches allow.
 
 Clones of a base share its weights in memory, so that of two with different LoRAs the one loaded last would speak for
-both. Here one bare clone is loaded, and what the others patch rides on their conditioning as a weight hook: ComfyUI
-then exchanges the weights between their forwards. Clones that differ in patches of the attention, or in wrappers, run
-with their own options one after the other. Everything else runs as one batch.
+both. Here one bare clone is loaded. What the others patch rides on their conditioning as a weight hook: ComfyUI then
+exchanges the weights between their forwards; K and V of the cross-attention need not even that (kv_deltas.py). Clones
+that differ in patches of the attention, or in wrappers, run with their own options one after the other. Everything else
+runs as one batch.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .kv_deltas import carried, only_key_and_value, weight_deltas
 from .payload import Conditioning
 
 KEY = "concept_atelier_gcfg"
@@ -46,12 +48,16 @@ class Part:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether nested dicts, lists and tuples hold the same objects; numbers and texts need only be equal."""
+    """Whether nested dicts, lists and tuples hold the same objects; numbers and texts need only be equal.
+
+    An empty dict or list says no more than a missing one: what ComfyUI takes out leaves them behind.
+    """
     if one is other:
         return True
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
+        one, other = ({k: v for k, v in d.items() if v or not isinstance(v, (dict, list))} for d in (one, other))
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
@@ -108,28 +114,38 @@ class PatchHook(comfy.hooks.WeightHook):
         return True
 
 
-def on_bare_base(parts: Sequence[Part]) -> list[Part]:
-    """The same parts on clones without weight patches, each with the patches of its own MODEL as a hook.
+def hooked(parts: Sequence[Part]) -> list[Part]:
+    """The same parts, each conditioning with the weight patches of its MODEL as a hook.
 
     Parts whose patches are the same share the hook, and with it their forward.
     """
-    bare = uuid.uuid4()
-    hooked: list[tuple[ModelPatcher, comfy.hooks.HookGroup]] = []
+    known: list[tuple[ModelPatcher, comfy.hooks.HookGroup]] = []
     combined: dict[tuple, comfy.hooks.HookGroup] = {}
     moved = []
     for part in parts:
-        hooks = next((group for model, group in hooked if same_weights(model, part.model)), None)
-        if hooks is None and part.model.patches:
+        if not part.model.patches:
+            moved.append(part)
+            continue
+        hooks = next((group for model, group in known if same_weights(model, part.model)), None)
+        if hooks is None:
             hooks = comfy.hooks.HookGroup()
             hooks.add(PatchHook(part.model.patches))
-            hooked.append((part.model, hooks))
-        conditioning = part.conditioning
-        if hooks is not None:
-            conditioning = [[context, {**values, "hooks": _after(hooks, values.get("hooks"), combined)}]
-                            for context, values in conditioning]  # fmt: skip
+            known.append((part.model, hooks))
+        conditioning = [
+            [context, {**values, "hooks": _after(hooks, values.get("hooks"), combined)}]
+            for context, values in part.conditioning
+        ]
+        moved.append(replace(part, conditioning=conditioning))
+    return moved
+
+
+def on_bare_base(parts: Sequence[Part]) -> list[Part]:
+    """The same parts, each on a clone of its MODEL without weight patches."""
+    bare, moved = uuid.uuid4(), []
+    for part in parts:
         model = part.model.clone()
         model.patches, model.patches_uuid = {}, bare
-        moved.append(replace(part, model=model, conditioning=conditioning))
+        moved.append(replace(part, model=model))
     return moved
 
 
@@ -148,8 +164,10 @@ class ModelGroup(comfy.samplers.CFGGuider):
         check_clones(parts)
         self.names = [part.name for part in parts]
         self.source = {part.name: part for part in parts}
+        self.carries_deltas = False
         if not all(same_weights(part.model, parts[-1].model) for part in parts):
-            parts = on_bare_base(parts)
+            self.carries_deltas = only_key_and_value(part.model for part in parts)
+            parts = on_bare_base(parts if self.carries_deltas else hooked(parts))
         super().__init__(parts[-1].model)
         self.inner_set_conds(
             {
@@ -165,6 +183,7 @@ class ModelGroup(comfy.samplers.CFGGuider):
             names.append(part.name)
         self.uuids = {name: {cond["uuid"] for cond in conds} for name, conds in self.original_conds.items()}
         self.options: dict[int, dict] = {}
+        self.deltas: dict[str, dict[str, Tensor]] = {}
 
     def load_with(self, others: Collection[ModelPatcher]) -> None:
         """Have ComfyUI load `others` in the same breath: one after the other, each might push out the last."""
@@ -183,7 +202,12 @@ class ModelGroup(comfy.samplers.CFGGuider):
             comfy.sampler_helpers.prepare_model_patcher(model, {}, options)
             comfy.samplers.cast_to_load_options(options, device=device, dtype=dtype)
             self.options[id(model)] = options
-        return super().outer_sample(noise, *args, **kwargs)
+        if self.carries_deltas:
+            self.deltas = {name: weight_deltas(part.model, device) for name, part in self.source.items()}
+        try:
+            return super().outer_sample(noise, *args, **kwargs)
+        finally:
+            self.options, self.deltas = {}, {}
 
     def at_work(self, name: str, sigma: Tensor) -> bool:
         """Whether part `name` predicts at noise level sigma: some of its conditioning is in its timestep range."""
@@ -233,21 +257,26 @@ class ModelGroup(comfy.samplers.CFGGuider):
                 chosen["transformer_options"]["sample_sigmas"] = options["transformer_options"]["sample_sigmas"]
             roles = [self.source[name].role for name in asked]
             conds = [self.own_conds(name) for name in asked]
-            out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, sigma, with_roles(chosen, roles))
+            deltas = [self.deltas.get(name, {}) for name in asked]
+            chosen = with_own(chosen, roles, deltas)
+            out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, sigma, chosen)
             clean.update(zip(asked, out, strict=True))
         return clean
 
 
-def with_roles(options: dict, roles: Sequence[str]) -> dict:
-    """A copy of model_options with which patches are told 0 for each positive and 1 for each negative of a batch.
+def with_own(options: dict, roles: Sequence[str], deltas: Sequence[Mapping[str, Tensor]]) -> dict:
+    """A copy of model_options that gives each cond of a batch, by its number, what is its own.
 
-    ComfyUI tells them the cond's number instead, which only means that while there are two.
+    deltas: of the K and V weights. roles: patches are told 0 for a positive and 1 for a negative; ComfyUI tells them
+    the cond's number instead, which only means that while there are two.
     """
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         told = args[5]  # transformer_options
-        told["cond_or_uncond"] = [int(roles[number] == "negative") for number in told["cond_or_uncond"]]
-        return executor(*args, **kwargs)
+        numbers = told["cond_or_uncond"]
+        told["cond_or_uncond"] = [int(roles[number] == "negative") for number in numbers]
+        with carried(executor.class_obj, [deltas[number] for number in numbers]):
+            return executor(*args, **kwargs)
 
     transformer = options["transformer_options"]
     wrappers = transformer.get("wrappers", {})

@@ -1,7 +1,7 @@
 """Writes workflows/*.json and workflows/api/*.json by building them in the real frontend: `make workflows`.
 
-With --thumbnails it writes workflows/*.jpg instead: what adi_toy paints on a real server, and a view of adi_sd. Needs
-ComfyUI and chromium.
+With --thumbnails it writes workflows/*.jpg instead: what each paints on a real server, or a view of its graph where it
+needs weights that cannot be bundled. Names of workflows after it: those alone. Needs ComfyUI and chromium.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from typing import Any
 PACK = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PACK / "tests"), str(PACK / "tests" / "server"), str(PACK / "tests" / "browser")]
 
-from comfy_server import PACK_NAME, SD_CHECKPOINT, SD_PICTURES, ComfyServer  # noqa: E402
+from comfy_server import (  # noqa: E402
+    PACK_NAME,
+    SD_ACTION_PICTURES,
+    SD_CHECKPOINT,
+    SD_CONTROL_PICTURE,
+    SD_CONTROLNET,
+    SD_DOMAIN_PICTURES,
+    ComfyServer,
+)
 from conftest import COMFYUI  # noqa: E402
 from frontend import Frontend, frontend  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from workflow_sources import WORKFLOWS, Workflow  # noqa: E402
+from workflow_builder import Workflow  # noqa: E402
+from workflow_sources import WORKFLOWS  # noqa: E402
 
 FOLDER = PACK / "workflows"
 GAP = 30
@@ -111,11 +120,15 @@ def build(page: Frontend, workflow: Workflow) -> tuple[dict[str, Any], dict[str,
 @contextmanager
 def running() -> Iterator[ComfyServer]:
     """A server with our pack alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        server = ComfyServer(COMFYUI, Path(folder), {PACK_NAME: PACK})
-        # What adi_sd names must be there to be shown; it is not loaded.
-        (server.folder / "models" / "checkpoints" / SD_CHECKPOINT).touch()
-        (server.folder / "input" / SD_PICTURES).mkdir()
+    with tempfile.TemporaryDirectory() as base:
+        server = ComfyServer(COMFYUI, Path(base), {PACK_NAME: PACK})
+        # What the workflows on Stable Diffusion name must be there to be shown; it is not loaded.
+        (server.folder / "models" / "controlnet").mkdir()
+        for file in (f"checkpoints/{SD_CHECKPOINT}", f"controlnet/{SD_CONTROLNET}"):
+            (server.folder / "models" / file).touch()
+        for folder in (SD_ACTION_PICTURES, SD_DOMAIN_PICTURES):
+            (server.folder / "input" / folder).mkdir()
+        Image.new("RGB", (64, 64)).save(server.folder / "input" / SD_CONTROL_PICTURE)
         with server:
             yield server
 
@@ -125,13 +138,13 @@ def write(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_workflows() -> None:
-    """Write all UI forms and API forms."""
+def write_workflows(names: list[str]) -> None:
+    """Write UI forms and API forms."""
     with running() as server:
-        for name, source in WORKFLOWS.items():
+        for name in names:
             # A page of its own: the frontend would give new nodes the widget values of earlier ones with their ids.
             with frontend(server.url) as page:
-                saved, prompt = build(page, source())
+                saved, prompt = build(page, WORKFLOWS[name]())
             write(FOLDER / f"{name}.json", saved)
             write(FOLDER / "api" / f"{name}.json", prompt)
 
@@ -158,26 +171,32 @@ def collage(rows: dict[str, list[Image.Image]], columns: int = 6, cell: int = 11
     return sheet
 
 
-def write_thumbnails() -> None:
-    """Run adi_toy and show what it painted; show the graph of adi_sd, whose weights cannot be bundled."""
-    titles = {node.get("title"): str(node["id"]) for node in read("adi_toy.json")["nodes"]}
+def write_thumbnails(names: list[str]) -> None:
+    """Write the pictures beside workflows."""
     with running() as server:
-        outcome = server.run(read("api/adi_toy.json"), timeout=3600)
-        if outcome.status != "success":
-            raise RuntimeError(f"{outcome.status}: {outcome.error}")
-        shown = {
-            "An action it does not know": "Pictures of the action",
-            "a panda <adi>: learned with ADI": "ADI",
-            "a panda <ti>: plain Textual Inversion": "Textual Inversion",
-        }
-        rows = {t: pictures_of(server, outcome.outputs[titles[node]]["images"]) for t, node in shown.items()}
-        collage(rows).save(FOLDER / "adi_toy.jpg", quality=88)
-        with frontend(server.url) as page:
-            page.load(read("adi_sd.json"))
-            picture = server.folder / "graph.png"
-            page.screenshot(str(picture))
-            graph = Image.open(picture).convert("RGB").crop((70, 95, 1390, 835))
-            graph.resize((792, 444), Image.Resampling.LANCZOS).save(FOLDER / "adi_sd.jpg", quality=88)
+        for name in names:
+            rows = WORKFLOWS[name]().thumbnail
+            picture = painted(server, name, rows) if rows else view(server, name)
+            picture.save(FOLDER / f"{name}.jpg", quality=88)
+
+
+def painted(server: ComfyServer, name: str, rows: dict[str, str]) -> Image.Image:
+    """What the nodes of the saved workflow of these titles show after a run, row by row."""
+    titles = {node.get("title"): str(node["id"]) for node in read(f"{name}.json")["nodes"]}
+    outcome = server.run(read(f"api/{name}.json"), timeout=3600)
+    if outcome.status != "success":
+        raise RuntimeError(f"{name}: {outcome.status}: {outcome.error}")
+    return collage({row: pictures_of(server, outcome.outputs[titles[node]]["images"]) for row, node in rows.items()})
+
+
+def view(server: ComfyServer, name: str) -> Image.Image:
+    """The graph of the saved workflow."""
+    with frontend(server.url) as page:
+        page.load(read(f"{name}.json"))
+        file = server.folder / "graph.png"
+        page.screenshot(str(file))
+    graph = Image.open(file).convert("RGB").crop((70, 95, 1390, 835))
+    return graph.resize((792, 444), Image.Resampling.LANCZOS)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -185,9 +204,8 @@ def read(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--thumbnails", action="store_true", help="write workflows/*.jpg from the saved workflows")
-    if arguments.parse_args().thumbnails:
-        write_thumbnails()
-    else:
-        write_workflows()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help="of a workflow; without any, all")
+    parser.add_argument("--thumbnails", action="store_true", help="write workflows/*.jpg from the saved workflows")
+    arguments = parser.parse_args()
+    (write_thumbnails if arguments.thumbnails else write_workflows)(arguments.names or list(WORKFLOWS))

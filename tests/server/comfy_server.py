@@ -26,9 +26,12 @@ PACK_NAME = "concept-atelier"
 FIXTURE_PACK = Path(__file__).parent / "fixture_pack"
 TINY_CHECKPOINT = "tiny_sd1.safetensors"
 
-# adi_sd runs as it is, on a tiny file of the name it asks for and on pictures in the folder it asks for.
+# What the workflows on Stable Diffusion ask for: they run as they are, on tiny files of these names.
 SD_CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
-SD_PICTURES = "my_action"
+SD_CONTROLNET = "control_v11p_sd15_canny_fp16.safetensors"
+SD_ACTION_PICTURES = "my_action"
+SD_DOMAIN_PICTURES = "my_domain"
+SD_CONTROL_PICTURE = "example.png"  # comes with ComfyUI
 
 FRONTEND_SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -218,6 +221,18 @@ def write_tiny_checkpoint(tiny_model: Any, path: Path) -> None:
     save_file(weights, path)
 
 
+def write_tiny_controlnet(path: Path) -> None:
+    """Save a ControlNet for that checkpoint as a half-precision file of the usual layout, with random weights."""
+    import tiny_models
+    from comfy.cldm.cldm import ControlNet
+    from safetensors.torch import save_file
+
+    config = {name: value for name, value in tiny_models.unet_config("sd1").items() if name != "out_channels"}
+    net = ControlNet(**config, num_heads=tiny_models.HEADS, hint_channels=3)
+    tiny_models.fill(net, seed=3)
+    save_file({f"control_model.{name}": weight.half() for name, weight in net.state_dict().items()}, path)
+
+
 def write_captioned_pictures(folder: Path, count: int = 3) -> None:
     """Pictures with a caption file beside each, as an artist would put them into the input folder."""
     import numpy as np
@@ -231,10 +246,15 @@ def write_captioned_pictures(folder: Path, count: int = 3) -> None:
 
 
 def furnished(comfyui: Path, folder: Path, tiny_model: Any) -> ComfyServer:
-    """A server, not yet started, with all that the shipped workflows need: our pack, a tiny checkpoint, pictures."""
+    """A server, not yet started, with all that the shipped workflows need: our pack, tiny models, pictures."""
     server = ComfyServer(comfyui, folder, {PACK_NAME: PACK, "atelier_test_fixtures": FIXTURE_PACK})
-    checkpoints = folder / "models" / "checkpoints"
+    checkpoints, inputs = folder / "models" / "checkpoints", folder / "input"
     write_tiny_checkpoint(tiny_model, checkpoints / TINY_CHECKPOINT)
     (checkpoints / SD_CHECKPOINT).symlink_to(checkpoints / TINY_CHECKPOINT)
-    write_captioned_pictures(folder / "input" / SD_PICTURES)
+    controlnets = folder / "models" / "controlnet"
+    controlnets.mkdir()
+    write_tiny_controlnet(controlnets / SD_CONTROLNET)
+    write_captioned_pictures(inputs / SD_ACTION_PICTURES)
+    write_captioned_pictures(inputs / SD_DOMAIN_PICTURES)
+    (inputs / SD_CONTROL_PICTURE).symlink_to(inputs / SD_DOMAIN_PICTURES / "0.png")
     return server

@@ -9,11 +9,13 @@ from concept_atelier.toyworld.judge import load_judge
 from PIL import Image
 
 WORKFLOWS = sorted(path.stem for path in (PACK / "workflows" / "api").glob("*.json"))
+TRAINING = ("AtelierTrain", "AtelierTrainNullText")
 FIGURES = 40  # a picture has far more than this many colours; a blank one has one
 
 
-def test_both_workflows_are_here():
-    assert {"adi_toy", "adi_sd"} <= set(WORKFLOWS)
+def test_all_workflows_are_here():
+    ready_forms = {"gcfg_negative_toy", "gcfg_two_prompts_toy", "gcfg_rectified_toy", "gcfg_subjects_toy"}
+    assert {"adi_toy", "adi_sd", "gcfg_control_sd", *ready_forms} <= set(WORKFLOWS)
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -23,7 +25,7 @@ def test_it_runs_and_returns_at_once_the_second_time(server, name):
     assert outcome.status == "success", outcome.error
     assert {*outcome.executed, *outcome.cached} == set(prompt)
 
-    trained = {i for i, entry in prompt.items() if entry["class_type"] == "AtelierTrain"}
+    trained = {i for i, entry in prompt.items() if entry["class_type"] in TRAINING}
     assert {event["node"] for event in outcome.training} == trained
     assert trained <= set(outcome.previews)
     for event in outcome.training:

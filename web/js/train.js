@@ -4,7 +4,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
 const EVENT = "concept-atelier.train";
-const TRAINING_NODES = new Set(["AtelierTrain"]);
+const TRAINING_NODES = new Set(["AtelierTrain", "AtelierTrainNullText"]);
 const HEIGHT = 190;
 
 const panels = new WeakMap(); // node -> its panel

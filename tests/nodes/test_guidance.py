@@ -1,0 +1,520 @@
+"""GCFG through SamplerCustomAdvanced and KSampler, against stock guiders and against separate passes by hand."""
+
+from contextlib import contextmanager
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.model_base
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import pytest
+import tiny_models
+import torch
+from comfy_api.latest._input import CurveInput
+from comfy_extras import nodes_custom_sampler as custom
+from comfy_extras.nodes_model_advanced import RescaleCFG
+from concept_atelier.benchmarks import speed_gcfg
+from concept_atelier.kernels.concept import Concept
+from concept_atelier.kernels.layouts import Layout
+from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
+from concept_atelier.nodes.guidance import AtelierGCFG, AtelierGCFGGuider, AtelierGuidanceBranch
+from concept_atelier.nodes.native.backbone import cross_attention_layers
+from concept_atelier.nodes.native.guiders import progress_at
+from concept_atelier.nodes.native.text import describe_clip
+
+import nodes as comfy_nodes
+
+STEPS, SEED = 3, 3
+TOLERANCE = 2e-5
+OFF = {"rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def inference_mode():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def sd1(tiny):
+    return tiny("sd1")
+
+
+@pytest.fixture(scope="module")
+def other():
+    """Another checkpoint of the same latents."""
+    return tiny_models.build_unet("sd1", seed=7)
+
+
+@pytest.fixture(scope="module")
+def velocity():
+    """One that predicts velocities."""
+    return tiny_models.build_unet("sd2_v", seed=8)
+
+
+@pytest.fixture(scope="module")
+def prompts(sd1):
+    """An empty prompt and three others."""
+    with torch.inference_mode():
+        return [comfy_nodes.CLIPTextEncode().encode(sd1.clip, text)[0] for text in ("", "a man", "grass", "red ball")]
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def branch(model, conditioning, weight, start=0.0, end=1.0, curve=None):
+    return AtelierGuidanceBranch.execute(model, conditioning, weight, start, end, curve)[0]
+
+
+def gcfg(model, unconditional, *branches, **options):
+    named = {f"branch{i}": b for i, b in enumerate(branches)}
+    return AtelierGCFGGuider.execute(model, unconditional, named, **OFF | options)
+
+
+def latents(size=8):
+    return {"samples": torch.zeros(1, 4, size, size)}
+
+
+def advanced(guider, steps=STEPS, sampler="euler", scheduler="normal", latent=None):
+    """SamplerCustomAdvanced."""
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+    noise, sampler = custom.RandomNoise.execute(SEED)[0], custom.KSamplerSelect.execute(sampler)[0]
+    return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent or latents())[0]["samples"]
+
+
+def ksampler(model, positive, negative, cfg, steps=STEPS):
+    return comfy_nodes.KSampler().sample(
+        model, SEED, steps, cfg, "euler", "normal", positive, negative, latents()
+    )[0]["samples"]  # fmt: skip
+
+
+def stock(model, positive, negative, cfg):
+    return custom.CFGGuider.execute(model, positive, negative, cfg)[0]
+
+
+@contextmanager
+def counting(*models):
+    """The batch sizes of every forward of the models' U-Nets, in order."""
+    seen = []
+    hooks = [
+        model.model.diffusion_model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+        for model in models
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def by_hand(unconditional, branches, steps=STEPS):
+    """Euler written out; every prediction in a pass of its own. Both as (MODEL, conditioning[, weight])."""
+    sampling = unconditional[0].model.model_sampling
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+    x = comfy.sample.prepare_noise(latents()["samples"], SEED)
+    x = sampling.noise_scaling(sigmas[0], x, latents()["samples"], True)
+
+    def clean(model, conditioning, sigma):
+        return model.model.apply_model(x, sigma, c_crossattn=conditioning[0][0], transformer_options={})
+
+    for sigma, following in zip(sigmas[:-1, None], sigmas[1:, None]):
+        D_0 = clean(*unconditional, sigma)
+        D = D_0 + sum(w * (clean(model, conditioning, sigma) - D_0) for model, conditioning, w in branches)
+        x = x + (x - D) / sigma * (following - sigma)
+    return unconditional[0].model.process_latent_out(x)
+
+
+def test_one_branch_is_plain_cfg_to_the_bit(any_tiny):
+    model, clip, _ = any_tiny
+    positive, negative = (comfy_nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a man", "blurry"))
+    guider = gcfg(model, negative, branch(model, positive, 5.0))[0]
+    assert torch.equal(advanced(guider), advanced(stock(model, positive, negative, 5.0)))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun", "euler_cfg_pp"])
+@pytest.mark.parametrize("cfg", [5.0, 1.0])
+def test_one_branch_is_plain_cfg_with_any_sampler(sd1, prompts, sampler, cfg):
+    guider = gcfg(sd1.model, prompts[0], branch(sd1.model, prompts[1], cfg))[0]
+    expected = advanced(stock(sd1.model, prompts[1], prompts[0], cfg), sampler=sampler)
+    assert relative(advanced(guider, sampler=sampler), expected) < TOLERANCE
+
+
+def test_prompts_of_one_model_share_a_forward(sd1, prompts):
+    model, (u, a, b, c) = sd1.model, prompts
+    guider = gcfg(model, u, branch(model, a, 3.0), branch(model, b, 2.0), branch(model, c, -1.0))[0]
+    with counting(model) as forwards:
+        out = advanced(guider)
+    assert forwards == [4] * STEPS
+    assert relative(out, by_hand((model, u), [(model, a, 3.0), (model, b, 2.0), (model, c, -1.0)])) < TOLERANCE
+
+
+def test_noise_and_velocity_models_meet(sd1, other, velocity, prompts):
+    u, a, b, c = prompts
+    unconditional, three = (sd1.model, u), [(sd1.model, a, 3.0), (other, b, 2.0), (velocity, c, 1.0)]
+    guider = gcfg(*unconditional, *(branch(*one) for one in three))[0]
+    with counting(sd1.model) as own, counting(other, velocity) as others:
+        out = advanced(guider)
+    assert (own, others) == ([2] * STEPS, [1, 1] * STEPS)
+    assert relative(out, by_hand(unconditional, three)) < TOLERANCE
+    assert relative(out, by_hand(unconditional, [three[0], (sd1.model, b, 2.0), (sd1.model, c, 1.0)])) > 1e-2
+
+
+def test_order_does_not_matter(sd1, other, prompts):
+    u, a, b, _ = prompts
+    one, two = branch(sd1.model, a, 3.0), branch(other, b, 2.0)
+    assert relative(advanced(gcfg(other, u, two, one)[0]), advanced(gcfg(other, u, one, two)[0])) < TOLERANCE
+
+
+def test_a_fine_tune_rectified_by_itself_is_unchanged(sd1, prompts):
+    """METHODS.md 5.9, 10: the unconditional of a fine-tune that equals its base."""
+    twin = tiny_models.build_unet("sd1", seed=0)
+    out = advanced(gcfg(twin, prompts[0], branch(sd1.model, prompts[1], 5.0))[0])
+    assert relative(out, advanced(stock(sd1.model, prompts[1], prompts[0], 5.0))) < TOLERANCE
+
+
+def test_a_negative_prompt_of_any_strength(sd1, prompts):
+    u, positive, negative, _ = prompts
+    guider = gcfg(sd1.model, u, branch(sd1.model, positive, 5.0), branch(sd1.model, negative, -4.0))[0]
+    with counting(sd1.model) as forwards:
+        out = advanced(guider)
+    assert forwards == [2] * STEPS  # the weights sum to 1: nothing is asked of the unconditional
+    assert relative(out, advanced(stock(sd1.model, positive, negative, 5.0))) < TOLERANCE
+
+
+@pytest.mark.parametrize(("s1", "s2"), [(4.0, 3.0), (2.0, 7.5), (3.0, 1.0)])
+def test_dual_cfg_is_gcfg_in_disguise(sd1, prompts, s1, s2):
+    """METHODS.md 5.9, 11: core's guider, negative + s2 (middle - negative) + s1 (positive - middle)."""
+    negative, positive, middle, _ = prompts
+    core = custom.DualCFGGuider.execute(sd1.model, positive, middle, negative, s1, s2, "regular")[0]
+    ours = gcfg(sd1.model, negative, branch(sd1.model, positive, s1), branch(sd1.model, middle, s2 - s1))[0]
+    assert relative(advanced(ours), advanced(core)) < TOLERANCE
+
+
+def test_two_models_are_those_of_core(sd1, other, prompts):
+    """Core's guider of two models is right where they are two checkpoints."""
+    core = custom.DualModelGuider.execute(sd1.model, prompts[1], 4.0, other, prompts[0])[0]
+    ours = gcfg(other, prompts[0], branch(sd1.model, prompts[1], 4.0))[0]
+    assert relative(advanced(ours), advanced(core)) < TOLERANCE
+
+
+def test_branches_without_weight_or_out_of_range_cost_nothing(sd1, other, prompts):
+    u, a, b, c = prompts
+    guider = gcfg(
+        sd1.model, u, branch(sd1.model, a, 5.0), branch(other, b, 0.0), branch(other, c, 2.0, end=0.5),
+        branch(sd1.model, c, 2.0, start=0.5),
+    )[0]  # fmt: skip
+    with counting(sd1.model) as own, counting(other) as others:
+        advanced(guider)  # at timesteps 999, 499.5 and 0: the second is exactly in the middle
+    assert own == [2, 3, 3]
+    assert others == [1]
+
+
+def test_the_unconditional_runs_only_where_its_coefficient_is_not_zero(sd1, prompts):
+    u, a, b, _ = prompts
+    guider = gcfg(sd1.model, u, branch(sd1.model, a, 1.0), branch(sd1.model, b, 2.0, start=0.5))[0]
+    with counting(sd1.model) as forwards:
+        advanced(guider, steps=4)
+    assert forwards == [1, 1, 3, 3]
+    with counting(sd1.model) as forwards:
+        advanced(gcfg(sd1.model, u, branch(sd1.model, a, 3.0, start=0.5))[0], steps=4)
+    assert forwards == [1, 1, 2, 2]
+
+
+def test_nothing_active_is_the_unconditional(sd1, prompts):
+    out = advanced(gcfg(sd1.model, prompts[0], branch(sd1.model, prompts[1], 3.0, 0.5, 0.5))[0])
+    assert relative(out, advanced(stock(sd1.model, prompts[0], prompts[0], 1.0))) < TOLERANCE
+
+
+def test_a_curve_bends_the_weight(sd1, prompts):
+    u, a, _, _ = prompts
+    curve = CurveInput.from_raw({"points": [(0, 1), (0.4, 1), (0.6, 0), (1, 0)], "interpolation": "linear"})
+    guider = gcfg(sd1.model, u, branch(sd1.model, a, 5.0, curve=curve))[0]
+    with counting(sd1.model) as forwards:
+        out = advanced(guider, steps=4)
+    assert forwards == [2, 2, 1, 1]  # at a progress of 0, 1/3, 2/3 and 1
+    half = CurveInput.from_raw([(0, 0.5), (1, 0.5)])
+    assert relative(
+        advanced(gcfg(sd1.model, u, branch(sd1.model, a, 5.0, curve=half))[0]),
+        advanced(stock(sd1.model, a, u, 2.5)),
+    ) < TOLERANCE  # fmt: skip
+    assert relative(out, advanced(stock(sd1.model, a, u, 5.0), steps=4)) > 1e-3
+
+
+@pytest.mark.parametrize("percent", [0.0, 0.1, 0.3, 0.5, 0.9, 0.999])
+def test_progress_is_percent(sd1, percent):
+    sampling = sd1.model.model.model_sampling
+    sigma = min(sampling.percent_to_sigma(percent), float(sampling.sigma_max))
+    assert progress_at(sampling, sigma) == pytest.approx(percent, abs=2e-6)
+
+
+def make_controlnet(sd1):
+    config = dict(sd1.model.model.model_config.unet_config)
+    for key in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
+        config.pop(key, None)
+    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu")
+    tiny_models.fill(net, 11)
+    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
+
+
+def test_a_controlnet_reaches_its_branch_alone(sd1, prompts):
+    u, a, b, _ = prompts
+    hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(4))
+    controlled = comfy_nodes.ControlNetApply().apply_controlnet(a, make_controlnet(sd1), hint, 0.2)[0]
+    guider, cost = gcfg(sd1.model, u, branch(sd1.model, controlled, 3.0), branch(sd1.model, b, 2.0)).args
+    with counting(sd1.model) as forwards:
+        out = advanced(guider)
+    assert sorted(forwards) == [1] * STEPS + [2] * STEPS
+    assert "2 forwards" in cost
+    assert "branch0, apart: a ControlNet of its own" in cost
+    # By hand: only in the first branch is there something to add to the U-Net's features.
+    plain = advanced(gcfg(sd1.model, u, branch(sd1.model, a, 3.0), branch(sd1.model, b, 2.0))[0])
+    assert relative(out, plain) > 1e-2
+    lonely = advanced(gcfg(sd1.model, u, branch(sd1.model, controlled, 1.0))[0])
+    assert relative(lonely, advanced(stock(sd1.model, controlled, u, 1.0))) < TOLERANCE
+
+
+def test_concepts_reach_their_branch_alone(sd1, prompts):
+    u, _a, _, _ = prompts
+    layers, kind = cross_attention_layers(sd1.model), describe_clip(sd1.clip)
+    vectors = {
+        t: torch.randn(16, 1, width, generator=torch.Generator().manual_seed(1)) for t, width in kind.towers.items()
+    }
+    concept = Concept("it", vectors, Layout("layer"), kind.family, layers)
+    other = Concept("that", {t: -v for t, v in vectors.items()}, Layout("layer"), kind.family, layers)
+    model = AtelierApplyConcepts.execute(sd1.model)[0]
+    one, two = (AtelierTextEncode.execute(sd1.clip, f"a <{c.name}>", {"concept0": c})[0] for c in (concept, other))
+    guider = gcfg(model, u, branch(model, one, 3.0), branch(model, two, 2.0))[0]
+    with counting(model) as forwards:
+        both = advanced(guider, steps=1)
+    assert forwards == [3]
+    clean = {
+        name: advanced(stock(model, conditioning, u, 1.0), steps=1)
+        for name, conditioning in (("u", u), ("one", one), ("two", two))
+    }
+    assert relative(both, clean["u"] + 3 * (clean["one"] - clean["u"]) + 2 * (clean["two"] - clean["u"])) < TOLERANCE
+    assert relative(clean["one"], clean["two"]) > 1e-3
+
+
+def test_a_branch_with_an_area_acts_only_there(sd1, prompts):
+    u, a, b, _ = prompts
+    left = comfy_nodes.ConditioningSetArea().append(a, 32, 64, 0, 0, 1.0)[0]
+    guider, cost = gcfg(sd1.model, u, branch(sd1.model, left, 3.0), branch(sd1.model, b, 2.0)).args
+    with counting(sd1.model) as forwards:
+        out = advanced(guider, steps=1)
+    assert sorted(forwards) == [1, 2]  # the half picture apart; core would evaluate all three on it too
+    assert "an area of its own" in cost
+    only = advanced(gcfg(sd1.model, u, branch(sd1.model, b, 2.0))[0], steps=1)
+    assert torch.allclose(out[..., 4:], only[..., 4:], rtol=0, atol=1e-4 * float(only.abs().max()))
+    assert relative(out[..., :4], only[..., :4]) > 1e-2
+
+
+def test_a_branch_with_a_mask_acts_only_there(sd1, prompts):
+    u, a, _, _ = prompts
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+    top = comfy_nodes.ConditioningSetMask().append(a, mask, "default", 1.0)[0]
+    guider = gcfg(sd1.model, u, branch(sd1.model, top, 1.0))[0]  # sums to 1, but elsewhere there is only u
+    with counting(sd1.model) as forwards:
+        out = advanced(guider, steps=1)
+    assert forwards == [2]
+    clean = advanced(stock(sd1.model, u, u, 1.0), steps=1), advanced(stock(sd1.model, a, u, 1.0), steps=1)
+    assert relative(out[:, :, 4:], clean[0][:, :, 4:]) < TOLERANCE
+    assert relative(out[:, :, :3], clean[1][:, :, :3]) < TOLERANCE
+
+
+def test_a_timestep_range_of_the_conditioning_counts(sd1, prompts):
+    u, a, b, _ = prompts
+    late = comfy_nodes.ConditioningSetTimestepRange().set_range(a, 0.4, 1.0)[0]
+    guider, cost = gcfg(sd1.model, u, branch(sd1.model, late, 3.0), branch(sd1.model, b, 2.0)).args
+    with counting(sd1.model) as forwards:
+        advanced(guider, steps=4)
+    assert forwards == [2, 2, 3, 3]
+    assert cost.startswith("0% to 40%: 1 forward of the U-Net a step")
+    early = comfy_nodes.ConditioningSetTimestepRange().set_range(u, 0.0, 0.4)[0]
+    with pytest.raises(ValueError, match="says nothing at a step that needs it"):
+        advanced(gcfg(sd1.model, early, branch(sd1.model, a, 3.0))[0])
+
+
+def test_patches_are_told_positive_and_negative(sd1, prompts):
+    told = []
+
+    def look(n, context, value, extra):
+        told.append(tuple(extra["cond_or_uncond"]))
+        return n, context, value
+
+    model = sd1.model.clone()
+    model.set_model_attn2_patch(look)
+    u, a, b, c = prompts
+    advanced(gcfg(model, u, branch(model, a, 3.0), branch(model, b, 2.0), branch(model, c, 1.5))[0], steps=1)
+    assert {tuple(sorted(roles)) for roles in told} == {(0, 0, 0, 1)}
+
+
+def test_rescale_is_the_stock_nodes(sd1, velocity, prompts):
+    for model in (sd1.model, velocity):
+        rescaled = RescaleCFG().patch(model, 0.7)[0]
+        ours = gcfg(model, prompts[0], branch(model, prompts[1], 6.0), rescale=0.7)[0]
+        expected = advanced(stock(rescaled, prompts[1], prompts[0], 6.0))
+        assert relative(advanced(ours), expected) < TOLERANCE
+        assert relative(advanced(gcfg(model, prompts[0], branch(model, prompts[1], 6.0))[0]), expected) > 1e-2
+
+
+def test_apg_changes_the_picture_and_forgets_between_runs(sd1, prompts):
+    def make(**options):
+        return gcfg(sd1.model, prompts[0], branch(sd1.model, prompts[1], 6.0), **options)[0]
+
+    plain, guider = advanced(make()), make(apg_momentum=-0.5, apg_eta=0.0, apg_norm_threshold=5.0)
+    first = advanced(guider)
+    assert torch.equal(advanced(guider), first)
+    for options in ({"apg_momentum": -0.5}, {"apg_eta": 0.0}, {"apg_norm_threshold": 5.0}):
+        assert relative(advanced(make(**options)), plain) > 1e-3
+
+
+def test_inpainting_keeps_what_is_outside_the_mask(sd1, other, prompts):
+    latent = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
+    latent["noise_mask"] = torch.zeros(1, 1, 64, 64)
+    latent["noise_mask"][..., :32] = 1
+    guider = gcfg(sd1.model, prompts[0], branch(sd1.model, prompts[1], 3.0), branch(other, prompts[2], 2.0))[0]
+    out = advanced(guider, latent=latent)
+    assert relative(out[..., 5:], latent["samples"][..., 5:]) < 1e-4
+    assert relative(out[..., :4], latent["samples"][..., :4]) > 1e-2
+
+
+class TestKSampler:
+    """The MODEL patch: KSampler's negative is the unconditional, its positive a branch with weight cfg."""
+
+    @staticmethod
+    def patch(model, *branches, **options):
+        named = {f"branch{i}": b for i, b in enumerate(branches)}
+        return AtelierGCFG.execute(model, named, **OFF | options)
+
+    @pytest.mark.parametrize("cfg", [6.0, 1.0])
+    def test_equals_the_guider(self, sd1, other, prompts, cfg):
+        u, a, b, c = prompts
+        added = branch(sd1.model, b, 2.0), branch(other, c, -1.0, end=0.5)
+        patched, cost = self.patch(sd1.model, *added, rescale=0.3).args
+        guider = gcfg(sd1.model, u, branch(sd1.model, a, cfg), *added, rescale=0.3)[0]
+        with counting(sd1.model) as own, counting(other) as others:
+            out = ksampler(patched, a, u, cfg, steps=4)
+        assert (own, others) == ([3] * 4, [1, 1])
+        assert torch.equal(out, advanced(guider, steps=4))
+        assert cost.splitlines()[0] == "0% to 50%: 2 forwards of the U-Net a step"
+
+    def test_leaves_the_model_as_it_was(self, sd1, prompts):
+        before = ksampler(sd1.model, prompts[1], prompts[0], 4.0)
+        ksampler(self.patch(sd1.model, branch(sd1.model, prompts[2], 2.0))[0], prompts[1], prompts[0], 4.0)
+        assert torch.equal(ksampler(sd1.model, prompts[1], prompts[0], 4.0), before)
+
+    def test_wrappers_of_other_nodes_run_once(self, sd1, prompts):
+        calls = []
+
+        def wrapper(executor, *args, **kwargs):
+            calls.append("outer")
+            return executor(*args, **kwargs)
+
+        first = sd1.model.clone()
+        first.add_wrapper_with_key("outer_sample", "other pack", wrapper)
+        last = self.patch(first, branch(first, prompts[2], 2.0))[0]
+        last.add_wrapper_with_key("outer_sample", "third pack", wrapper)
+        ksampler(last, prompts[1], prompts[0], 4.0)
+        assert calls == ["outer"] * 2
+
+    def test_works_only_where_it_means_something(self, sd1, prompts):
+        patched = self.patch(sd1.model, branch(sd1.model, prompts[1], 2.0))[0]
+        with pytest.raises(ValueError, match=r"works with KSampler.*not with Guider_Basic: use 'GCFG Guider'"):
+            advanced(custom.BasicGuider.execute(patched, prompts[1])[0])
+        with pytest.raises(ValueError, match="brings its own branches"):
+            self.patch(patched, branch(sd1.model, prompts[1], 2.0))
+        with pytest.raises(ValueError, match="The MODEL of branch0 comes from 'GCFG"):
+            gcfg(sd1.model, prompts[0], branch(patched, prompts[1], 2.0))
+        with pytest.raises(ValueError, match="No guidance branch is connected"):
+            self.patch(sd1.model)
+        with pytest.raises(ValueError, match="All guidance weights are 0"):
+            self.patch(sd1.model, branch(sd1.model, prompts[1], 0.0))
+
+
+class TestRefusals:
+    def test_nothing_to_guide_with(self, sd1, prompts):
+        with pytest.raises(ValueError, match="No guidance branch is connected"):
+            gcfg(sd1.model, prompts[0])
+        with pytest.raises(ValueError, match="All guidance weights are 0"):
+            gcfg(sd1.model, prompts[0], branch(sd1.model, prompts[1], 0.0))
+
+    @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+    def test_impossible_weights(self, sd1, prompts, weight):
+        with pytest.raises(ValueError, match="give it a finite number"):
+            branch(sd1.model, prompts[1], weight)
+
+    def test_start_after_end(self, sd1, prompts):
+        with pytest.raises(ValueError, match="exchange start and end"):
+            branch(sd1.model, prompts[1], 1.0, 0.6, 0.4)
+
+    def test_other_latents(self, sd1, tiny, prompts):
+        with pytest.raises(ValueError, match=r"branch0 \(SDXL\) works in latents of SDXL, .* in SD15: combine models"):
+            gcfg(sd1.model, prompts[0], branch(tiny("sdxl").model, prompts[1], 1.0))
+
+    def test_flow_models(self, sd1, prompts):
+        flow = tiny_models.build_unet("sd1", seed=9)
+        flow.model.model_sampling = comfy.model_base.model_sampling(
+            flow.model.model_config, comfy.model_base.ModelType.FLOW
+        )
+        with pytest.raises(ValueError, match=r"branch0 .* predicts neither noise nor velocities .*flow model"):
+            gcfg(sd1.model, prompts[0], branch(flow, prompts[1], 1.0))
+        with pytest.raises(ValueError, match=r"The MODEL of unconditional .* flow model"):
+            gcfg(flow, prompts[0], branch(sd1.model, prompts[1], 2.0))
+
+    def test_nodes_that_combine_prompts_themselves(self, sd1, prompts):
+        rescaled = RescaleCFG().patch(sd1.model, 0.7)[0]
+        with pytest.raises(ValueError, match="combines prompts in its own way"):
+            gcfg(rescaled, prompts[0], branch(sd1.model, prompts[1], 2.0))
+        changed = sd1.model.clone()
+        changed.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+        with pytest.raises(ValueError, match="put them on both or on neither"):
+            gcfg(sd1.model, prompts[0], branch(changed, prompts[1], 2.0))
+
+
+def test_functions_after_cfg_get_what_stock_gives_them(sd1, prompts):
+    seen = []
+
+    def look(args):
+        seen.append({key: args[key] for key in ("denoised", "cond_denoised", "uncond_denoised", "cond_scale", "input")})
+        return args["denoised"] * 0.9
+
+    model = sd1.model.clone()
+    model.set_model_sampler_post_cfg_function(look)
+    ours = advanced(gcfg(model, prompts[0], branch(model, prompts[1], 4.0))[0])
+    theirs = advanced(stock(model, prompts[1], prompts[0], 4.0))
+    assert relative(ours, theirs) < TOLERANCE
+    for one, other in zip(seen[:STEPS], seen[STEPS:], strict=True):
+        assert one["cond_scale"] == other["cond_scale"]
+        assert all(relative(one[key], other[key]) < TOLERANCE for key in one if key != "cond_scale")
+
+
+def test_the_speed_benchmark_measures_all_sides(capsys):
+    task = speed_gcfg.Task("toy", 8, 2)
+    took = speed_gcfg.measure(task)
+    assert list(took) == [speed_gcfg.OURS, speed_gcfg.BATCH, speed_gcfg.SEPARATE, speed_gcfg.PASSES]
+    assert min(min(side) for side in took.values()) > 0
+    ratio = speed_gcfg.print_table(task, took)
+    assert ratio == took[speed_gcfg.OURS].cpu_seconds / took[speed_gcfg.BATCH].cpu_seconds
+    assert len(capsys.readouterr().out.splitlines()) == 3 + len(took)
+
+
+def test_the_cost_is_told(sd1, other, prompts):
+    u, a, b, c = prompts
+    one = gcfg(sd1.model, u, branch(sd1.model, a, 2.0), branch(sd1.model, b, 2.0))[1]
+    assert one.splitlines() == ["1 forward of the U-Net a step", "- unconditional, branch0, branch1 together"]
+    many = gcfg(
+        sd1.model, u, branch(sd1.model, a, 1.0, end=0.3), branch(other, b, 2.0, start=0.3), branch(other, c, 0)
+    )[1]
+    assert many.splitlines() == [
+        "0% to 30%: 1 forward of the U-Net a step",
+        "- branch0",
+        "- unconditional left out: the weights sum to 1, which leaves nothing for it",
+        "30% to 100%: 2 forwards of the U-Net a step",
+        "- unconditional",
+        "- branch1, apart: another base model",
+        "- branch2 left out: its weight is 0",
+    ]

@@ -1,0 +1,243 @@
+"""GCFG over clones of one base model: each branch predicts with its own LoRAs.
+
+The reference evaluates every prediction in a pass of its own, with the weights of its MODEL merged in for it.
+"""
+
+from contextlib import contextmanager
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from comfy_extras import nodes_custom_sampler as custom
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from concept_atelier.nodes.guidance import AtelierGCFG, AtelierGCFGGuider, AtelierGuidanceBranch
+
+import nodes as comfy_nodes
+
+STEPS, SEED = 3, 3
+OFF = {"rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def inference_mode():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def sd1(tiny):
+    return tiny("sd1")
+
+
+@pytest.fixture(scope="module")
+def prompts(sd1):
+    """An empty prompt and two others."""
+    with torch.inference_mode():
+        return [comfy_nodes.CLIPTextEncode().encode(sd1.clip, text)[0] for text in ("", "a man", "grass")]
+
+
+def lora_file(model, seed, layers=("attn2.to_k", "attn2.to_v", "attn1.to_q", "ff.net.2")):
+    lora, generator = {}, torch.Generator().manual_seed(seed)
+    for name, module in model.model.diffusion_model.named_modules():
+        if name.endswith(layers):
+            rows, columns = module.weight.shape
+            lora[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator) * 0.3
+            lora[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator) / 8
+    return lora
+
+
+def with_lora(model, seed, strength=1.0, **layers):
+    return comfy.sd.load_lora_for_models(model, None, lora_file(model, seed, **layers), strength, 0.0)[0]
+
+
+@pytest.fixture(scope="module")
+def clones(sd1):
+    """The base, and two clones with a LoRA each."""
+    return sd1.model, with_lora(sd1.model, 5), with_lora(sd1.model, 6)
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def branch(model, conditioning, weight, start=0.0, end=1.0):
+    return AtelierGuidanceBranch.execute(model, conditioning, weight, start, end)[0]
+
+
+def gcfg(model, unconditional, *branches):
+    named = {f"branch{i}": b for i, b in enumerate(branches)}
+    return AtelierGCFGGuider.execute(model, unconditional, named, **OFF)
+
+
+def advanced(guider):
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.model.model_sampling, "normal", STEPS)
+    noise, sampler = custom.RandomNoise.execute(SEED)[0], custom.KSamplerSelect.execute("euler")[0]
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent)[0]["samples"]
+
+
+def by_hand(unconditional, branches):
+    """Euler written out; each prediction after loading its MODEL. Both as (MODEL, conditioning[, weight])."""
+    sampling = unconditional[0].model.model_sampling
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
+    latent = torch.zeros(1, 4, 8, 8)
+    x = sampling.noise_scaling(sigmas[0], comfy.sample.prepare_noise(latent, SEED), latent, True)
+
+    def clean(model, conditioning, sigma):
+        comfy.model_management.load_models_gpu([model])
+        options = model.model_options["transformer_options"]
+        return model.model.apply_model(x, sigma, c_crossattn=conditioning[0][0], transformer_options={**options})
+
+    for sigma, following in zip(sigmas[:-1, None], sigmas[1:, None]):
+        D_0 = clean(*unconditional, sigma)
+        D = D_0 + sum(w * (clean(model, conditioning, sigma) - D_0) for model, conditioning, w in branches)
+        x = x + (x - D) / sigma * (following - sigma)
+    return unconditional[0].model.process_latent_out(x)
+
+
+@contextmanager
+def counting(model):
+    """The batch sizes of every forward, in order."""
+    seen = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def test_two_loras_are_those_merged_for_each_branch(clones, prompts):
+    base, one, two = clones
+    u, a, b = prompts
+    guider, cost = gcfg(base, u, branch(one, a, 3.0), branch(two, b, 2.0)).args
+    with counting(base) as forwards:
+        out = advanced(guider)
+    assert sorted(forwards) == [1] * 3 * STEPS
+    assert relative(out, by_hand((base, u), [(one, a, 3.0), (two, b, 2.0)])) < 1e-5
+    assert cost.splitlines()[0] == "3 forwards of the U-Net a step"
+    assert "- branch1, apart: other weights (LoRA), exchanged at each step" in cost
+
+
+def test_the_stock_guider_of_two_models_is_wrong_there(clones, prompts):
+    """Core gives both passes the weights of the clone it loaded last; GCFG gives each its own."""
+    base, one, _ = clones
+    u, a, _ = prompts
+    truth = by_hand((base, u), [(one, a, 5.0)])
+    core = advanced(custom.DualModelGuider.execute(one, a, 5.0, base, u)[0])
+    lora_on_both = advanced(custom.CFGGuider.execute(one, a, u, 5.0)[0])
+    assert relative(core, truth) > 0.05
+    assert relative(core, lora_on_both) < 1e-4
+    assert relative(advanced(gcfg(base, u, branch(one, a, 5.0))[0]), truth) < 1e-5
+
+
+def test_equal_clones_share_a_forward(clones, prompts):
+    base, one, _ = clones
+    u, a, b = prompts
+    again = one.clone()
+    with counting(base) as forwards:
+        out = advanced(gcfg(base, u, branch(one, a, 3.0), branch(again, b, 2.0))[0])
+    assert sorted(forwards) == [1] * STEPS + [2] * STEPS
+    assert relative(out, by_hand((base, u), [(one, a, 3.0), (one, b, 2.0)])) < 1e-5
+    with counting(base) as forwards:
+        advanced(gcfg(one, u, branch(one, a, 3.0), branch(again, b, 2.0))[0])
+    assert forwards == [3] * STEPS
+
+
+def test_the_same_lora_at_other_strengths(clones, prompts, sd1):
+    u, a, b = prompts
+    weak, strong = with_lora(sd1.model, 5, 0.3), with_lora(with_lora(sd1.model, 5, 1.5), 6)
+    out = advanced(gcfg(weak, u, branch(strong, a, 3.0), branch(sd1.model, b, 2.0))[0])
+    assert relative(out, by_hand((weak, u), [(strong, a, 3.0), (sd1.model, b, 2.0)])) < 1e-5
+
+
+def test_loras_of_keys_and_values_share_a_forward(sd1, prompts):
+    """Custom Diffusion's kind: what it adds to K and V is added to the branch's rows of the batch."""
+    u, a, b = prompts
+    one, two = (with_lora(sd1.model, seed, layers=("attn2.to_k", "attn2.to_v")) for seed in (5, 6))
+    guider, cost = gcfg(sd1.model, u, branch(one, a, 3.0), branch(two, b, 2.0)).args
+    with counting(sd1.model) as forwards:
+        out = advanced(guider)
+    assert forwards == [3] * STEPS
+    assert cost.splitlines()[0] == "1 forward of the U-Net a step"
+    assert relative(out, by_hand((sd1.model, u), [(one, a, 3.0), (two, b, 2.0)])) < 1e-5
+    assert relative(out, by_hand((sd1.model, u), [(sd1.model, a, 3.0), (two, b, 2.0)])) > 1e-2
+    assert not any(module._forward_hooks for module in sd1.model.model.diffusion_model.modules())
+
+
+def test_keys_and_values_of_the_unconditional_model(sd1, prompts):
+    u, a, b = prompts
+    one = with_lora(sd1.model, 5, layers=("attn2.to_k", "attn2.to_v"))
+    out = advanced(gcfg(one, u, branch(sd1.model, a, 3.0), branch(one, b, 2.0))[0])
+    assert relative(out, by_hand((one, u), [(sd1.model, a, 3.0), (one, b, 2.0)])) < 1e-5
+
+
+def test_the_base_is_as_before(clones, prompts):
+    base, one, two = clones
+    comfy.model_management.load_models_gpu([base])
+    weights = {name: weight.clone() for name, weight in base.model.state_dict().items()}
+    advanced(gcfg(base, prompts[0], branch(one, prompts[1], 3.0), branch(two, prompts[2], 2.0))[0])
+    comfy.model_management.load_models_gpu([base])
+    assert all(torch.equal(weight, weights[name]) for name, weight in base.model.state_dict().items())
+    assert not base.hook_patches
+    assert not one.hook_patches
+
+
+def test_hooks_on_a_conditioning_come_on_top(sd1, clones, prompts):
+    base, one, _ = clones
+    u, a, _ = prompts
+    hook = comfy.hooks.create_hook_lora(lora_file(sd1.model, 6), 1.0, 0.0)
+    hooked = comfy.hooks.set_hooks_for_conditioning(a, hook)
+    both = with_lora(one, 6)
+    out = advanced(gcfg(base, u, branch(one, hooked, 3.0))[0])
+    assert relative(out, by_hand((base, u), [(both, a, 3.0)])) < 1e-5
+
+
+def test_clones_with_other_patches_run_with_their_own(clones, prompts):
+    base, one, _ = clones
+    u, a, b = prompts
+
+    def doubled(n, context, value, extra):
+        return n, context * 2, value
+
+    patched = base.clone()
+    patched.set_model_attn2_patch(doubled)
+    both = one.clone()
+    both.set_model_attn2_patch(doubled)
+    guider, cost = gcfg(base, u, branch(patched, a, 3.0)).args
+    with counting(base) as forwards:
+        out = advanced(guider)
+    assert forwards == [1, 1] * STEPS
+    assert relative(out, by_hand((base, u), [(patched, a, 3.0)])) < 1e-5
+    assert "- branch0, apart: other patches on the MODEL" in cost
+    out = advanced(gcfg(base, u, branch(both, a, 3.0), branch(one, b, 2.0))[0])
+    assert relative(out, by_hand((base, u), [(both, a, 3.0), (one, b, 2.0)])) < 1e-5
+    assert relative(out, by_hand((base, u), [(one, a, 3.0), (one, b, 2.0)])) > 1e-2
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_ksampler_with_loras_before_and_after(clones, prompts, order):
+    """The LoRA of KSampler's MODEL is its own, whichever side of GCFG it is loaded on."""
+    base, one, two = clones
+    u, a, b = prompts
+    added = {"branch0": branch(two, b, 2.0)}
+    if order == (0, 1):
+        patched = AtelierGCFG.execute(one, added, **OFF)[0]
+    else:
+        patched = with_lora(AtelierGCFG.execute(base, added, **OFF)[0], 5)
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    out = comfy_nodes.KSampler().sample(patched, SEED, STEPS, 3.0, "euler", "normal", a, u, latent)[0]["samples"]
+    assert relative(out, by_hand((one, u), [(one, a, 3.0), (two, b, 2.0)])) < 1e-5
+
+
+def test_other_model_sampling_on_a_clone_is_refused(clones, prompts):
+    base, _, _ = clones
+    changed = ModelSamplingDiscrete().patch(base, "v_prediction", False)[0]
+    with pytest.raises(ValueError, match=r"branch0 and unconditional use the same base model, but .*model sampling"):
+        gcfg(base, prompts[0], branch(changed, prompts[1], 2.0))
+    same = advanced(gcfg(changed, prompts[0], branch(changed, prompts[1], 2.0))[0])
+    stock = advanced(custom.CFGGuider.execute(changed, prompts[1], prompts[0], 2.0)[0])
+    assert relative(same, stock) < 1e-5
