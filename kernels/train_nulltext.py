@@ -141,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from accelerate import Accelerator
     from diffusers import DiffusionPipeline
 
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    # Left to itself without a device, accelerate takes torchrun's processes for as many separate runs.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     settings = settings_of(args)
     settings.check(accelerator.num_processes)
     pipeline = DiffusionPipeline.from_pretrained(args.model, local_files_only=True, use_safetensors=True)

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..kernels.guidance import AdaptiveProjection, GuidanceWeight
 from .native.guidance_cost import cost_report
 from .native.guiders import Branch, BranchesForKSampler, Correction, GCFGGuider
-from .native.live import prompt_server
+from .native.live import show_text
 from .types import GuidanceBranch
 
 CATEGORY = "Concept Atelier/Guidance"
@@ -71,13 +71,6 @@ def branch_inputs(tooltip: str) -> list[io.Input]:
 
 def cost_output() -> io.Output:
     return io.String.Output(display_name="cost", tooltip=COST_TOOLTIP)
-
-
-def show(text: str, node: type[io.ComfyNode]) -> None:
-    """Write `text` on the node that is running; outside a server nobody sees it."""
-    server = prompt_server()
-    if server is not None and node.hidden is not None:
-        server.send_progress_text(text, node.hidden.unique_id)
 
 
 class AtelierGuidanceBranch(io.ComfyNode):
@@ -180,7 +173,7 @@ class AtelierGCFGGuider(io.ComfyNode):
         projection = AdaptiveProjection(apg_eta, apg_norm_threshold, apg_momentum)
         guider = GCFGGuider(model, unconditional, branches, Correction(rescale, projection))
         text = cost_report(guider)
-        show(text, cls)
+        show_text(text, cls)
         return io.NodeOutput(guider, text)
 
 
@@ -217,7 +210,7 @@ class AtelierGCFG(io.ComfyNode):
         patched = added.patch(model)
         # What it costs with plain prompts in KSampler and any cfg that keeps the negative; MODELs are checked by it.
         text = cost_report(added.guider(model, [[None, {}]], [[None, {}]], cfg=7.5))
-        show(text, cls)
+        show_text(text, cls)
         return io.NodeOutput(patched, text)
 
 

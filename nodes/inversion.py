@@ -6,8 +6,8 @@ import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..kernels.inversion import PivotalSettings, psnr
-from .guidance import show
 from .native.inversion import invert_latent, null_text_conditioning
+from .native.live import show_text
 from .types import Trajectory
 
 CATEGORY = "Concept Atelier/Inversion"
@@ -89,7 +89,7 @@ class AtelierDDIMInversion(io.ComfyNode):
             shown = ui.PreviewImage(pictures, cls=cls)
             values = psnr(pictures, vae.decode(original), 1.0)
         report = f"Round trip in {inversion.trajectory.steps} steps at cfg 1: PSNR of {of} {decibels(values)}"
-        show(report, cls)
+        show_text(report, cls)
         return io.NodeOutput({"samples": inversion.noise}, inversion.trajectory, inversion.sigmas, report, ui=shown)
 
 
@@ -180,7 +180,7 @@ class AtelierNullTextOptimize(io.ComfyNode):
             f"{trajectory.steps} steps at cfg {cfg:g}: PSNR of latents {decibels(near)}; mean distance a step "
             f"{sum(found.before) / trajectory.steps:.2e} before, {sum(found.after) / trajectory.steps:.2e} after"
         )
-        show(report, cls)
+        show_text(report, cls)
         return io.NodeOutput(negative, report)
 
 

@@ -10,8 +10,8 @@ from comfy_api.latest import io, ui
 
 from ..kernels.grounding_dino import ENGINES
 from ..kernels.segmentation import make_prompts, segment
-from .guidance import show
 from .native.boxes import boxes_by_picture, check_points, corners, read_points, to_bounding_box
+from .native.live import show_text
 from .native.pictures import opaque
 from .native.segmenters import (
     DINO_FILES,
@@ -77,7 +77,7 @@ class AtelierSAMLoader(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str, encoder_precision: str) -> io.NodeOutput:
         sam = load_sam(checkpoint, encoder_precision)
-        show(sam.name, cls)
+        show_text(sam.name, cls)
         return io.NodeOutput(sam, ui=ui.PreviewText(sam.name))
 
 
@@ -181,7 +181,7 @@ class AtelierSAMMask(io.ComfyNode):
             masks.append(mask.float())
             notes.append(mask_note(number, mask, scores))
         text = "\n".join(notes)
-        show(text, cls)
+        show_text(text, cls)
         return io.NodeOutput(torch.stack(masks), ui=ui.PreviewText(text))
 
 
@@ -225,7 +225,7 @@ class AtelierGroundingDINOLoader(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str, engine: str) -> io.NodeOutput:
         detector, name = load_detector(checkpoint, engine)
-        show(name, cls)
+        show_text(name, cls)
         return io.NodeOutput(detector, ui=ui.PreviewText(name))
 
 
@@ -309,7 +309,7 @@ class AtelierDetect(io.ComfyNode):
             )
             bar.update_absolute(number)
         report = "\n".join(notes)
-        show(report, cls)
+        show_text(report, cls)
         return io.NodeOutput(frames, ui=ui.PreviewText(report))
 
 

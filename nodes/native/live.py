@@ -40,6 +40,13 @@ def prompt_server() -> Any | None:
     return getattr(server.PromptServer, "instance", None) if server else None
 
 
+def show_text(text: str, node: Any) -> None:
+    """Write `text` on `node`, the class of the node that is running; outside a server nobody sees it."""
+    server = prompt_server()
+    if server is not None and node.hidden is not None:
+        server.send_progress_text(text, node.hidden.unique_id)
+
+
 def register_routes() -> None:
     """Offer POST /concept-atelier/stop {"node": execution id}, which ends that node's training and keeps its work."""
     server = prompt_server()

@@ -109,9 +109,9 @@ def gcfg_rectified_toy() -> Workflow:
         latent = w.node("EmptyLatentImage", width=64, height=64, batch_size=6)
         w.column()
         plain_picture(w, "Base model", toy, prompt, nothing, latent)
-        plain_picture(w, "Fine-tune, plain CFG", toy, prompt, nothing, latent, model=tuned["MODEL"])
+        plain_picture(w, "Fine-tune, plain CFG", toy, prompt, nothing, latent, model=tuned["model"])
     with w.group("3  The fine-tune, guided by its base", PAINT):
-        branch = w.node("AtelierGuidanceBranch", model=tuned["MODEL"], conditioning=prompt["CONDITIONING"], weight=3.0)
+        branch = w.node("AtelierGuidanceBranch", model=tuned["model"], conditioning=prompt["CONDITIONING"], weight=3.0)
         guided_picture(w, "Fine-tune, guided by its base", toy, toy["MODEL"], nothing, [branch], latent)
     return w
 

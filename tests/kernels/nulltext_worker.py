@@ -7,7 +7,7 @@ import torch
 
 
 def run_as_worker(rank: int, port: int, arguments: Sequence[str]) -> None:
-    """Run the training script as one of two processes, with what `accelerate launch` and torchrun set for each."""
+    """Run the training script as one of two processes, with what `torchrun sets for each."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -15,7 +15,6 @@ def run_as_worker(rank: int, port: int, arguments: Sequence[str]) -> None:
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
     }
     from concept_atelier.kernels.train_nulltext import main
 

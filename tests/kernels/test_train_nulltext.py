@@ -56,7 +56,7 @@ def arguments(folders: Path, output: Path, *more: str) -> list[str]:
 
 
 def state_of(output: Path) -> dict[str, torch.Tensor]:
-    [file] = output.with_suffix(".work").rglob("state.safetensors")
+    [file] = output.with_suffix(".work").glob(f"runs/{output.stem}_*/state.safetensors")
     return read_safetensors(file)[0]
 
 
