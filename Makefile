@@ -56,6 +56,6 @@ thumbnails: $(READY)
 $(READY): pyproject.toml requirements.txt $(COMFYUI_REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install torch==2.14.1 torchvision==0.29.1 -e ".[groundingdino,test]" \
+	$(PY) -m pip install torch==2.14.1 torchvision==0.29.1 -e ".[groundingdino,train,test]" \
 		$(COMFYUI_REQUIREMENTS:%=-r %)
 	@touch $@
