@@ -7,7 +7,7 @@ import torch
 
 
 def run_as_worker(rank: int, port: int, arguments: Sequence[str]) -> None:
-    """Run the training script as one of two processes, with what `torchrun sets for each."""
+    """Run the training script as one of two processes, with what torchrun sets for each."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),

@@ -12,6 +12,7 @@ from concept_atelier.toyworld.exemplars import exemplar_scenes, other_action_sce
 from concept_atelier.toyworld.judge import NAMES, load_judge, truth
 from concept_atelier.toyworld.junk import KINDS, decoded_noise
 from concept_atelier.toyworld.model import load_toy
+from concept_atelier.toyworld.poses import HELD_OUT_POSES, POSES, Pose, alike
 from concept_atelier.toyworld.render import figure_mask, render, render_empty
 from concept_atelier.toyworld.sampling import sample
 from concept_atelier.toyworld.tokenizer import TOKENS, world_words
@@ -22,15 +23,11 @@ from concept_atelier.toyworld.vocabulary import (
     HELD_OUT_ACTIONS,
     HELD_OUT_OBJECTS,
     HELD_OUT_PAIRS,
-    HELD_OUT_POSES,
     HELD_OUT_SUBJECTS,
     NONE,
     OBJECTS,
-    POSES,
     RANDOM_ACTION,
     SUBJECTS,
-    Pose,
-    alike,
     caption,
     draw_pair_scene,
     draw_scene,
