@@ -66,7 +66,7 @@ def draw_all(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) to floats (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.tensor(np.asarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(images: torch.Tensor) -> np.ndarray:

@@ -110,6 +110,8 @@ def build(page: Frontend, workflow: Workflow) -> tuple[dict[str, Any], dict[str,
     for spec in workflow.nodes:
         if spec["type"].startswith("Atelier"):
             spec["properties"] |= {"cnr_id": PACK_NAME, "ver": version(PACK_NAME)}
+    # ComfyUI's own first workflow, which comes late on a busy machine, would take the place of ours.
+    page.page.wait_for_function("() => window.app.graph.nodes.length > 0")
     sizes = page.page.evaluate(MAKE_NODES, workflow.nodes)
     saved = page.page.evaluate(PLACE, place(workflow, sizes))
     saved["extra"] = {}  # the view of this browser, and its version

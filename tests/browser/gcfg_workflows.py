@@ -52,8 +52,8 @@ def gcfg_two_prompts_toy() -> Workflow:
         w.note(
             "**Press Run.** In one prompt, *a cat and a panda* are two animals. As two prompts of one picture, each "
             "with its own weight, they are one animal that is both.\n\n- The *weights* of the branches: 2 and 1 is "
-            "more of a cat.\n- *end_percent* 0.4 of one: it decides the shape, the other the fur.\n- Other things "
-            "to keep apart: *a panda* with weight 3 and *on pink* with weight 1.",
+            "more of a cat.\n- *end_percent* 0.4 of one: it counts at first only, and the other has the last word.\n- "
+            "Other things to keep apart: *a panda* with weight 3 and *on pink* with weight 1.",
             270,
         )
         toy = w.node("AtelierToyCheckpoint")
@@ -121,15 +121,16 @@ def gcfg_subjects_toy() -> Workflow:
     w = Workflow(
         thumbnail={
             "one prompt: a cat <first> and a panda <second>": "One prompt",
-            "a branch each: <first> on the left, <second> on the right": "One branch each",
+            "a branch each: arms out on the left, hands on hips on the right": "One branch each",
         }
     )
     with w.group("1  Two actions the model does not know", PICTURES):
         w.note(
-            "**Press Run** (it learns two words, a minute or two each). One subject shall do the first action, the "
-            "other the second: in one prompt the words would mix.\n\nEach **branch** holds both subjects and *one* "
-            "of the words, and its mask lets it speak in one half only.\n\n- *action* of the pictures.\n- The two "
-            "subjects and the place: the same in both prompts.\n- Instead of training: *Load Concept*.",
+            "**Press Run** (it learns two words, about a minute in all). One subject shall hold its arms out, the "
+            "other its hands on the hips: in one prompt the words get into each other's way.\n\nEach **branch** holds "
+            "both subjects and *one* of the words, and its mask lets it speak in one half only.\n\n- *action* of the "
+            "pictures.\n- The two subjects and the place: the same in both prompts.\n- Instead of training: *Load "
+            "Concept*.",
             310,
         )
         toy = w.node("AtelierToyCheckpoint")
@@ -201,13 +202,13 @@ def gcfg_subjects_toy() -> Workflow:
     return w
 
 
-SUBJECT_ACTIONS = {"first": "tpose (held out)", "second": "splits (held out)"}
+SUBJECT_ACTIONS = {"first": "tpose (held out)", "second": "akimbo (held out)"}
 TOY_TRAINING = {
     "init_word": "poses",
     "steps": 400,
     "learning_rate": 2e-2,
     "batch_size": 1,
-    "sample_prompts": "a panda {}",
+    "sample_prompts": "a cat and a panda {} on grass",
     "sample_every": 100,
     "sample_steps": 15,
     "sample_cfg": 3.0,
