@@ -32,7 +32,8 @@ def test_opens_runs_and_shows_its_progress(page, usual_errors, tmp_path, name):
 
     page.set_widgets(prompts.SMALL)
     assert page.prompt() == prompts.small(prompts.shipped(name))
-    page.set_widgets({kind: {"seed": len(page.drawing)} for kind in TRAINING})  # a run that is done would return at once
+    seed = len(page.drawing)  # another one each time: a run that is done would return at once
+    page.set_widgets({kind: {"seed": seed} for kind in TRAINING})
     page.listen()
     page.queue()
     assert page.wait_for_end(900) == "success"
