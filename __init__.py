@@ -24,6 +24,7 @@ async def comfy_entrypoint():
         tokens,
         toy,
         train,
+        train_nulltext,
         triples,
     )
     from .nodes.native import live
@@ -43,6 +44,7 @@ async def comfy_entrypoint():
                 apply,
                 guidance,
                 nulltext,
+                train_nulltext,
                 masks,
                 inversion,
                 attention,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import folder_paths
@@ -11,41 +10,19 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..kernels.concept import load_concept, save_concept
+from .native.output_files import SUFFIX, check_file_name, free_name, register_folder
 from .types import Concept
 
 FOLDER = "concept_atelier"  # the key of the concept files in ComfyUI's model folders
-SUFFIX = ".safetensors"
-FILE_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)*", re.ASCII)
 
 
 def register_folders() -> None:
     """Let ComfyUI look for concepts, and for stock embeddings, in the folders that AtelierSaveConcept writes."""
-    output = Path(folder_paths.get_output_directory())
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-    folder_paths.add_model_folder_path(FOLDER, str(output / FOLDER), is_default=True)
-    folder_paths.folder_names_and_paths[FOLDER][1].add(SUFFIX)
-    folder_paths.add_model_folder_path("embeddings", str(output / "embeddings"))
+    register_folder(FOLDER)
+    folder_paths.add_model_folder_path("embeddings", str(Path(folder_paths.get_output_directory()) / "embeddings"))
 
 
 register_folders()
-
-
-def free_name(name: str, keys: list[str]) -> str:
-    """`name`, or `name_2`, `name_3`, ... : the first that no folder of these model folder keys holds yet."""
-    number, candidate = 1, name
-    while any(folder_paths.get_full_path(key, candidate + SUFFIX) for key in keys):
-        number += 1
-        candidate = f"{name}_{number}"
-    return candidate
-
-
-def check_file_name(name: str) -> None:
-    """Raise ValueError for a name that is empty, leaves the output folder or needs characters files may not have."""
-    if not FILE_NAME.fullmatch(name) or ".." in name.split("/"):
-        raise ValueError(
-            f'The file_name "{name}" cannot be used: write letters, digits, dots, dashes and underscores, with / '
-            "between folders, or leave it empty for the concept's own name."
-        )
 
 
 class AtelierSaveConcept(io.ComfyNode):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -14,10 +11,9 @@ from ..kernels.gradient_rules import MaskedTriples, PlainGradient
 from ..kernels.training import TIMESTEP_SAMPLINGS, TrainingSettings
 from .native.backbone import native_session
 from .native.live import LiveReport
+from .native.output_files import runs_folder
 from .native.pictures import to_tensor
 from .types import Concept, Exemplars, GradientRule, Layout
-
-RUNS = "concept_atelier/runs"  # inside the output folder
 
 
 class AtelierTrain(io.ComfyNode):
@@ -171,9 +167,8 @@ class AtelierTrain(io.ComfyNode):
             samples=SamplePlan(prompts, sample_every, seed, sample_steps, sample_cfg, sample_eta),
         )
         report = LiveReport(cls.hidden.unique_id, steps)
-        folder = Path(folder_paths.get_output_directory()) / RUNS
         with native_session(model, clip, vae) as backbone:
-            concept, state, samples = run.learn(backbone, folder, report, start_fresh)
+            concept, state, samples = run.learn(backbone, runs_folder(), report, start_fresh)
         if samples is None:
             samples = ExecutionBlocker("Train Concept paints no samples: write sample_prompts, or disconnect samples.")
         preview = to_tensor(report.picture(state.losses))

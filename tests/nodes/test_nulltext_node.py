@@ -32,12 +32,8 @@ from concept_atelier.nodes.native.nulltext import (
     trainable_weights,
     training_session,
 )
-from concept_atelier.nodes.nulltext import (
-    NO_FOLDER,
-    AtelierLoadConceptModel,
-    AtelierNullTextSurgery,
-    AtelierTrainNullText,
-)
+from concept_atelier.nodes.nulltext import AtelierLoadConceptModel, AtelierNullTextSurgery
+from concept_atelier.nodes.train_nulltext import NO_FOLDER, AtelierTrainNullText
 from PIL import Image
 from torch import Tensor
 
