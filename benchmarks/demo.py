@@ -80,7 +80,7 @@ class DiffusersStudio:
         return run.learn(self.backbone, folder, Console())[0]
 
     def paint(self, concept: Concept, prompt: str, seed: int) -> Tensor:
-        vectors, layouts = {NAME: concept.vectors}, {NAME: concept.layout.bind(concept.layers)}
+        vectors, layouts = {NAME: concept.vectors}, {NAME: concept.bound_layout()}
         parsed = [parse_prompt(prompt, [NAME])]
         return paint(self.backbone, parsed, vectors, layouts, [seed], (SIZE, SIZE), SAMPLER_STEPS, CFG, eta=1.0)
 
@@ -135,6 +135,9 @@ class Console:
 
     def samples(self, image_grid: Tensor) -> None:
         """The demo asks for no samples."""
+
+    def say(self, lines: Sequence[str]) -> None:
+        """The demo has no loss terms."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..kernels.concept import new_vectors
+from ..kernels.course import draw_timesteps
 from ..kernels.diffusers_backbone import DiffusersBackbone, Tower
 from ..kernels.exemplars import EncodedExemplars
 from ..kernels.gradient_mask import GradientMask
@@ -34,7 +35,7 @@ from ..kernels.layouts import Layout
 from ..kernels.prompts import Placeholder, fill_blank
 from ..kernels.run_state import RunState
 from ..kernels.schedule import NoiseSchedule
-from ..kernels.training import TrainingSettings, draw_anchors, draw_timesteps, step_generator, train
+from ..kernels.training import TrainingSettings, draw_anchors, step_generator, train
 from ..toyworld.autoencoder import PATCH
 from ..toyworld.model import ToyModel, load_toy
 from . import speed_gcfg

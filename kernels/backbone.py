@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from .prompts import Prompt
 from .schedule import NoiseSchedule
 
+# A context is the channels of tower l (or h), then those of tower g (SDXL).
+TOWER_ORDER = "lhg"
 # Gradients of a mean over a latent's 16384 elements start near 1e-8, below what fp16 can hold.
 HALF_PRECISION_SCALE = 1024.0
 
@@ -79,12 +81,13 @@ class TextEncoding:
     """One prompt through the text encoder(s), in N variants that differ in the vectors of its placeholders.
 
     hidden: (N, T, d). pooled: (N, p) or None. positions: for each placeholder the token positions (0..T-1) of its
-    vectors, all occurrences after one another.
+    vectors, all occurrences after one another. length: tokens before the padding, start and end of text included.
     """
 
     hidden: Tensor
     pooled: Tensor | None
     positions: Mapping[str, tuple[int, ...]]
+    length: int
 
 
 @dataclass
@@ -92,10 +95,11 @@ class AttentionMaps:
     """Softmax(Q K^T / sqrt(d)) of chosen tokens, filled while the context manager that made it is open.
 
     maps: for each layer a list with one (B, heads, h * w, tokens) float32 tensor a forward pass, with its graph
-    when gradients are on.
+    when gradients are on. reference: the same for K of the reference context, where one was given; else empty.
     """
 
     maps: dict[Layer, list[Tensor]] = field(default_factory=dict)
+    reference: dict[Layer, list[Tensor]] = field(default_factory=dict)
 
 
 class Backbone(Protocol):
@@ -125,6 +129,10 @@ class Backbone(Protocol):
         """Word embeddings of `text` in every tower: {tower: (n, width)}, n = number of its pieces, no BOS or EOS."""
         ...
 
+    def word_table(self, tower: str) -> tuple[tuple[str, ...], Tensor]:
+        """The V words that are one piece for a tower, of letters a to z alone, and their embeddings (V, width)."""
+        ...
+
     def encode_text(self, prompt: Prompt, vectors: Mapping[str, Mapping[str, Tensor]]) -> TextEncoding:
         """Encode one prompt with N variants of its placeholders' vectors in one batch.
 
@@ -150,8 +158,21 @@ class Backbone(Protocol):
         """
         ...
 
-    def attention(self, layers: Sequence[Layer], tokens: Sequence[int]) -> AbstractContextManager[AttentionMaps]:
-        """While open, record the attention of `layers` to token positions `tokens`; outputs stay bit-identical."""
+    def attention(
+        self,
+        layers: Sequence[Layer],
+        tokens: Sequence[int],
+        reference: TextContext | None = None,
+        detach_query: bool = False,
+        at_most: int | None = None,
+    ) -> AbstractContextManager[AttentionMaps]:
+        """While open, record the attention of `layers` to token positions `tokens`; outputs stay bit-identical.
+
+        reference: contexts of the same batch and number of tokens; `AttentionMaps.reference` gets the maps that the
+        queries of the same forward pass would have with them (SeFi-IDE's A_r). No gradient reaches these contexts.
+        detach_query: no gradient reaches the queries, so that only contexts of K have one. at_most: layers whose map
+        has more than so many places (h * w) are left out.
+        """
         ...
 
     def linears(self) -> Mapping[str, nn.Linear]:

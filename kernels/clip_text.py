@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +14,10 @@ from .prompts import Placeholder, Prompt
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+END_OF_WORD = "</w>"  # how CLIP's vocabulary marks the last piece of a word
+LETTERS = re.compile("[a-z]+")
 
 
 class Tower(NamedTuple):
@@ -28,8 +33,16 @@ def pieces(tokenizer: CLIPTokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def tokenise(tower: Tower, prompt: Prompt, lengths: Mapping[str, int]) -> tuple[list[int], dict[str, tuple[int, ...]]]:
-    """Padded token ids (T) of a prompt, and the positions of each placeholder's vectors.
+def whole_words(vocabulary: Mapping[str, int]) -> dict[str, int]:
+    """The pieces of a CLIP vocabulary {piece: id} that are words of letters a to z: {word: id}, by id."""
+    words = {p.removesuffix(END_OF_WORD): i for p, i in vocabulary.items() if p.endswith(END_OF_WORD)}
+    return {word: i for word, i in sorted(words.items(), key=lambda entry: entry[1]) if LETTERS.fullmatch(word)}
+
+
+def tokenise(
+    tower: Tower, prompt: Prompt, lengths: Mapping[str, int]
+) -> tuple[list[int], dict[str, tuple[int, ...]], int]:
+    """Padded token ids (T) of a prompt, the positions of each placeholder's vectors, and its length before padding.
 
     lengths: vectors a placeholder. Raises ValueError when the prompt is longer than the tower's context.
     """
@@ -50,7 +63,7 @@ def tokenise(tower: Tower, prompt: Prompt, lengths: Mapping[str, int]) -> tuple[
         raise ValueError(
             f'The prompt "{prompt.text}" has {len(ids) - 2} tokens, the text encoder reads {room - 2}: shorten it.'
         )
-    return ids + [tokenizer.pad_token_id] * (room - len(ids)), positions
+    return ids + [tokenizer.pad_token_id] * (room - len(ids)), positions, len(ids)
 
 
 @contextmanager

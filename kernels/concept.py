@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .backbone import Layer
 from .files import read_safetensors, write_safetensors
-from .layouts import Layout
+from .layouts import BoundLayout, Layout
 
 FORMAT_VERSION = 1
 # The names under which ComfyUI and A1111 look for the vectors of a stock embedding, one a text tower.
 STOCK_KEYS = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
+# How ComfyUI names weights of the U-Net in the LoRA files that it writes and reads.
+WEIGHTS_PREFIX = "diffusion_model."
 
 REQUIRED_HEADER = {"format_version", "name", "layout", "family", "layers"}
 
@@ -26,9 +28,10 @@ class Concept:
     """What was learned.
 
     name: its placeholder in prompts, <name>. vectors: {tower: (S, n, width)}, S slots of n word embeddings, at the
-    input of the text encoder. layout: which slot each reader gets. family: "sd1", "sd2", "sdxl" or "toy".
-    layers: the cross-attention layers of the model it was learned on, in execution order. metadata: strings (method,
-    init_word, steps, seed, ...).
+    input of the text encoder, or of n changes to rows of its output (see Layout.place). layout: which slot each reader
+    gets. family: "sd1", "sd2", "sdxl" or "toy". layers: the cross-attention layers of the model it was learned on, in
+    execution order. metadata: strings (method, init_word, steps, seed, ...). weights: changes to the U-Net that were
+    learned with it, by the names of core's LoRA loader; mostly none.
     """
 
     name: str
@@ -37,6 +40,11 @@ class Concept:
     family: str
     layers: tuple[Layer, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def bound_layout(self) -> BoundLayout:
+        """Its layout on the layers it was learned on."""
+        return self.layout.bind(self.layers, self.metadata.get("init_word", ""))
 
     def check_fits(self, family: str, towers: Mapping[str, int], layers: Sequence[Layer] | None = None) -> None:
         """Raise ValueError with a sentence when this concept cannot be used with a model of that kind.
@@ -58,7 +66,7 @@ class Concept:
     @property
     def is_stock_embedding(self) -> bool:
         """Whether every reader gets the same vectors, so that any prompt node can use the file as embedding:name."""
-        return all(v.shape[0] == 1 for v in self.vectors.values())
+        return self.layout.place == "word" and all(v.shape[0] == 1 for v in self.vectors.values())
 
 
 def save_concept(path: Path, concept: Concept, extra_metadata: Mapping[str, str] | None = None) -> None:
@@ -68,6 +76,7 @@ def save_concept(path: Path, concept: Concept, extra_metadata: Mapping[str, str]
     Raises ValueError naming the folder when it cannot be written (full, read-only).
     """
     tensors = {f"vectors.{tower}": v.detach().float().cpu().contiguous() for tower, v in concept.vectors.items()}
+    tensors |= {name: weight.detach().cpu().contiguous() for name, weight in concept.weights.items()}
     if concept.is_stock_embedding:
         tensors |= {STOCK_KEYS[tower]: v.detach().float().cpu()[0].clone() for tower, v in concept.vectors.items()}
     header = {
@@ -105,11 +114,12 @@ def load_concept(path: Path) -> Concept:
         family=header["family"],
         layers=tuple(Layer(*layer) for layer in json.loads(header["layers"])),
         metadata={key: value for key, value in header.items() if key not in REQUIRED_HEADER},
+        weights={key: value for key, value in tensors.items() if key.startswith(WEIGHTS_PREFIX)},
     )
 
 
 def new_vectors(words: Mapping[str, Tensor], slots: int, tokens: int) -> dict[str, Tensor]:
-    """Initial vectors: the same word embedding in every slot.
+    """Initial vectors of words: the same word embedding in every slot.
 
     words: {tower: (1, width)}, the embedding of a one-piece word. Returns {tower: (slots, tokens, width)}.
     """

@@ -14,12 +14,15 @@ from .backbone import Backbone
 from .concept import Concept, new_vectors
 from .exemplars import Exemplar, check_exemplars, encode_exemplars
 from .files import read_safetensors, write_safetensors
-from .gradient_rules import GradientRule
+from .gradient_rules import GradientRule, MaskedTriples
 from .layouts import BoundLayout, Layout
-from .prompts import BLANK, PLACEHOLDER, parse_prompt
+from .losses import Learning, LossTerm
+from .objective import Objective
+from .prompts import BLANK, PLACEHOLDER, fill_blank, parse_prompt
 from .run_state import RunState, run_fingerprint
 from .sampling import paint
 from .training import TrainingSettings, train
+from .weight_plan import NO_WEIGHTS, AdaptedWeights, WeightPlan
 
 SAVE_EVERY = 100  # steps
 
@@ -35,6 +38,14 @@ class Report(Protocol):
 
     def samples(self, image_grid: Tensor) -> None:
         """New sample pictures in one (H, W, 3) picture."""
+        ...
+
+
+class ConceptReport(Report, Protocol):
+    """A report that also has room for words."""
+
+    def say(self, lines: Sequence[str]) -> None:
+        """What the loss terms have to tell, a line each; instead of what they told before."""
         ...
 
 
@@ -57,7 +68,8 @@ class SamplePlan:
 class ConceptRun:
     """What decides a learned concept. Raises ValueError with a sentence when it cannot be learned from this.
 
-    name: its placeholder. init_word: a word of one piece whose embedding every vector starts from.
+    name: its placeholder. init_word: a word of one piece whose embedding every vector starts from; for tail rows, the
+    words that the placeholder reads as. loss_terms: beside the denoising loss. weights: that learn along.
     """
 
     name: str
@@ -67,22 +79,39 @@ class ConceptRun:
     rule: GradientRule
     settings: TrainingSettings
     samples: SamplePlan = SamplePlan()
+    loss_terms: Sequence[LossTerm] = ()
+    weights: WeightPlan | None = None
 
     def __post_init__(self) -> None:
         if not PLACEHOLDER.fullmatch(f"<{self.name}>"):
             raise ValueError(f'The name "{self.name}" must be of letters, digits, dots, dashes and underscores.')
         check_exemplars(self.exemplars)
         self.rule.check(self.exemplars)
+        if self.weights is not None and isinstance(self.rule, MaskedTriples):
+            raise ValueError(
+                "The gradient mask chooses channels of the concept's vectors and has no say over weights: disconnect "
+                "the gradient rule or the weights."
+            )
         for prompt in self.samples.prompts:
             parse_prompt(prompt.replace(BLANK, f"<{self.name}>"), [self.name])
 
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.settings.total_steps(self.layout)
+
     def fingerprint(self, backbone: Backbone) -> str:
-        """The run's name on disk: everything that decides the result, except how many steps it is to have."""
+        """The run's name on disk: everything that decides the result, except how many steps it is to have.
+
+        Where stages learn after the shared steps, the number of those decides it, too.
+        """
         pictures = {}
         for i, e in enumerate(self.exemplars):
             pictures |= {f"{i}": e.image} | {f"{i}.{j}": picture for j, picture in enumerate(e.other_actions)}
             pictures |= {} if e.mask is None else {f"{i}.mask": e.mask}
-        settings = {key: value for key, value in asdict(self.settings).items() if key != "steps"}
+        settings = asdict(self.settings)
+        if not self.settings.steps_each_stage:
+            del settings["steps"]
         decisions = {
             **settings,
             "name": self.name,
@@ -90,23 +119,30 @@ class ConceptRun:
             "captions": "\n".join(e.caption for e in self.exemplars),
             "layout": str(self.layout),
             "rule": str(self.rule),
+            "loss_terms": "\n".join(map(str, self.loss_terms)),
+            "weights": str(self.weights),
             "model": backbone.fingerprint(),
         }
         return run_fingerprint(decisions, pictures)
 
-    def initial_state(self, backbone: Backbone, layout: BoundLayout) -> RunState:
+    def initial_state(self, backbone: Backbone, layout: BoundLayout, adapted: AdaptedWeights) -> RunState:
         """Step 0. Raises ValueError when the init word is not one piece for the model's tokenizer."""
+        weights = adapted.start(self.settings.seed)
         words = backbone.token_vectors(self.init_word)
+        if self.layout.place != "word":
+            shape = (layout.slots, self.layout.tokens)
+            zeros = {tower: v.new_zeros(*shape, v.shape[-1]) for tower, v in words.items()}
+            return RunState.start(zeros, weights)
         for tower, vectors in words.items():
             if len(vectors) != 1:
                 raise ValueError(
                     f'The init word "{self.init_word}" is {len(vectors)} pieces for text encoder {tower}; it must be '
                     'one: choose a common word such as "action" or "person".'
                 )
-        return RunState.start(new_vectors(words, layout.slots, self.layout.tokens))
+        return RunState.start(new_vectors(words, layout.slots, self.layout.tokens), weights)
 
     def learn(
-        self, backbone: Backbone, folder: Path, report: Report, start_fresh: bool = False
+        self, backbone: Backbone, folder: Path, report: ConceptReport, start_fresh: bool = False
     ) -> tuple[Concept, RunState, Tensor | None]:
         """Train to the end, from where an earlier run with the same decisions was left.
 
@@ -115,39 +151,52 @@ class ConceptRun:
         Raises ValueError when the folder cannot be written, before training; whatever interrupts the run later, its
         last finished step is saved.
         """
-        layout = self.layout.bind(backbone.layers)
+        layout = self.layout.bind(backbone.layers, self.init_word)
+        adapted = self.weights.bind(backbone) if self.weights else NO_WEIGHTS
+        prompts = tuple(fill_blank(e.caption, self.name) for e in self.exemplars)
+        objective = Objective.of(self.loss_terms, Learning(backbone, self.name, layout, self.init_word, prompts))
         here = folder / f"{self.name}_{self.fingerprint(backbone)}"
         state_file, samples_file = here / "state.safetensors", here / "samples.safetensors"
         if state_file.exists() and not start_fresh:
             state = RunState.load(state_file, backbone.device)
         else:
-            state = self.initial_state(backbone, layout)
+            state = self.initial_state(backbone, layout, adapted)
             state.save(state_file)
 
-        paint_samples = self._painter(backbone, layout, state, report, samples_file)
-        if state.step < self.settings.steps and state.stopped_short_of < self.settings.steps:
+        paint_samples = self._painter(backbone, layout, adapted, state, report, samples_file)
+        if state.step < self.total_steps and state.stopped_short_of < self.total_steps:
             state.stopped_short_of = 0
             if state.step == 0:
                 paint_samples()
 
             def after_step(state: RunState) -> bool:
                 report.step(state.step, state.losses, {key: values[-1] for key, values in state.stats.items()})
-                if self.samples.every and state.step % self.samples.every == 0 and state.step < self.settings.steps:
+                if self.samples.every and state.step % self.samples.every == 0 and state.step < self.total_steps:
                     paint_samples()
                 if state.step % SAVE_EVERY == 0:
+                    report.say(objective.describe(state.vectors, state.memory))
                     state.save(state_file)
                 return report.stop_requested
 
             try:
                 data = encode_exemplars(backbone, self.exemplars, self.name)
-                train(backbone, data, self.name, layout, self.rule, self.settings, state, after_step)
-                state.stopped_short_of = self.settings.steps if state.step < self.settings.steps else 0
+                train(
+                    backbone, data, self.name, layout, self.rule, self.settings, state, after_step, objective, adapted
+                )
+                state.stopped_short_of = self.total_steps if state.step < self.total_steps else 0
             finally:
                 state.save(state_file)
-        return self._concept(backbone, state), state, paint_samples()
+        report.say(objective.describe(state.vectors, state.memory))
+        return self._concept(backbone, state, adapted), state, paint_samples()
 
     def _painter(
-        self, backbone: Backbone, layout: BoundLayout, state: RunState, report: Report, file: Path
+        self,
+        backbone: Backbone,
+        layout: BoundLayout,
+        adapted: AdaptedWeights,
+        state: RunState,
+        report: Report,
+        file: Path,
     ) -> Callable[[], Tensor | None]:
         """A function that paints the sample pictures (P, H, W, 3) of this moment, unless `file` already holds them."""
         size = tuple(self.exemplars[0].image.shape[:2])
@@ -160,10 +209,11 @@ class ConceptRun:
             header = {"plan": str(plan), "step": str(state.step)}
             if not file.exists() or read_safetensors(file)[1] != header:
                 vectors, layouts = {self.name: state.vectors}, {self.name: layout}
-                painted = [
-                    paint(backbone, [p], vectors, layouts, [plan.seed], size, plan.steps, plan.cfg, plan.eta)
-                    for p in prompts
-                ]
+                with adapted.applied(state.weights):
+                    painted = [
+                        paint(backbone, [p], vectors, layouts, [plan.seed], size, plan.steps, plan.cfg, plan.eta)
+                        for p in prompts
+                    ]
                 pixels = (torch.cat(painted).cpu() * 255).round().to(torch.uint8)
                 write_safetensors(file, {"samples": pixels}, header)
             pictures = read_safetensors(file)[0]["samples"].float() / 255
@@ -172,12 +222,14 @@ class ConceptRun:
 
         return paint_samples
 
-    def _concept(self, backbone: Backbone, state: RunState) -> Concept:
+    def _concept(self, backbone: Backbone, state: RunState, adapted: AdaptedWeights) -> Concept:
         metadata = {
             "method": str(self.rule),
             "init_word": self.init_word,
             "steps": str(state.step),
             **{key: str(value) for key, value in asdict(self.settings).items() if key != "steps"},
+            **({"loss_terms": "; ".join(map(str, self.loss_terms))} if self.loss_terms else {}),
         }
         vectors = {tower: v.detach().cpu().clone() for tower, v in state.vectors.items()}
-        return Concept(self.name, vectors, self.layout, backbone.family, tuple(backbone.layers), metadata)
+        layers, weights = tuple(backbone.layers), adapted.patches(state.weights)
+        return Concept(self.name, vectors, self.layout, backbone.family, layers, metadata, weights)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backbone import Layer, TextContext, TextEncoding
+from .backbone import TOWER_ORDER, Layer, TextContext, TextEncoding
 from .layouts import BoundLayout
-from .prompts import Prompt
+from .prompts import Placeholder, Prompt
 
 EncodeText = Callable[[Prompt, Mapping[str, Mapping[str, Tensor]]], TextEncoding]
 
@@ -50,11 +50,11 @@ def encode_prompt(
     layouts: Mapping[str, BoundLayout],
     timesteps: int,
 ) -> StagedContext:
-    """Encode `prompt` once for every distinct combination of its concepts' slots, all in one batch.
+    """Encode `prompt` once for every distinct combination of its words' slots, all in one batch.
 
     encode_text: `Backbone.encode_text`. vectors: {placeholder: {tower: (S, n, width)}}; layouts: of each placeholder.
     timesteps: T of the schedule. Differentiable in the vectors. With one-token concepts alone this is one encoding
-    that all layers share.
+    that all layers share. Raises ValueError when tail rows would overwrite words of the prompt.
     """
     names = prompt.names
     starts = sorted(
@@ -76,17 +76,52 @@ def encode_prompt(
                 for side in (0, 1)
             )
         )
+    chosen = {name: [slots[i] for slots in combinations] for i, name in enumerate(names)}  # a slot a combination
 
-    chosen = list(combinations)  # slots of every concept, one tuple a variant
-    variants = {
-        name: {tower: v[[slots[i] for slots in chosen]] for tower, v in vectors[name].items()}
-        for i, name in enumerate(names)
+    # Words: as many encodings as there are distinct combinations of words' slots.
+    words = [name for name in names if layouts[name].layout.place == "word"]
+    of_words = list(zip(*(chosen[name] for name in words))) if words else [()] * len(combinations)
+    variants = {slots: number for number, slots in enumerate(dict.fromkeys(of_words))}
+    word_vectors = {
+        name: {tower: v[[slots[i] for slots in variants]] for tower, v in vectors[name].items()}
+        for i, name in enumerate(words)
     }
-    encoding = encode_text(prompt, variants)
+    encoding = encode_text(spell_out(prompt, layouts), word_vectors)
     # A pooled embedding cannot differ from layer to layer: the mean over the variants stands for all (METHODS 1.8).
     pooled = None if encoding.pooled is None else encoding.pooled.mean(dim=0, keepdim=True)
-    contexts = tuple(_select(encoding.hidden, key, value, pooled) for key, value in tables)
-    return StagedContext(tuple(starts), contexts, encoding.positions)
+    hidden, positions = encoding.hidden, dict(encoding.positions)
+
+    # Tail rows: each concept's before those of the one before it.
+    if tails := [name for name in names if name not in words]:
+        hidden = hidden[[variants[slots] for slots in of_words]]
+        end = hidden.shape[1]
+        for name in tails:
+            rows = torch.cat([vectors[name][tower] for tower in TOWER_ORDER if tower in vectors[name]], dim=-1)
+            start = end - rows.shape[1]
+            if start < encoding.length:
+                raise ValueError(
+                    f'The prompt "{prompt.text}" has {encoding.length} tokens with its start and end, and the tail '
+                    f"rows of <{name}> need the last {rows.shape[1]} of {hidden.shape[1]} free: shorten the prompt."
+                )
+            base = hidden[:, start:end]
+            if layouts[name].layout.place == "tail replace":
+                base = encode_text(Prompt(()), {}).hidden[:, -rows.shape[1] :]
+            learned = base + rows[chosen[name]].to(hidden)
+            hidden = torch.cat([hidden[:, :start], learned, hidden[:, end:]], dim=1)
+            positions[name] = tuple(range(start, end))
+            end = start
+    contexts = tuple(_select(hidden, key, value, pooled) for key, value in tables)
+    return StagedContext(tuple(starts), contexts, positions)
+
+
+def spell_out(prompt: Prompt, layouts: Mapping[str, BoundLayout]) -> Prompt:
+    """The prompt with the placeholders of tail rows read as their words."""
+
+    def read(part: str | Placeholder) -> str | Placeholder:
+        is_tail = isinstance(part, Placeholder) and layouts[part.name].layout.place != "word"
+        return layouts[part.name].words if is_tail else part
+
+    return Prompt(tuple(read(part) for part in prompt.parts))
 
 
 def _select(hidden: Tensor, key: tuple[int, ...], value: tuple[int, ...], pooled: Tensor | None) -> TextContext:

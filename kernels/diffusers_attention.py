@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbone import AttentionMaps, Layer, TextContext
+from .attention_recording import Recording
+from .backbone import Layer, TextContext
 
 if TYPE_CHECKING:
     from diffusers import Transformer2DModel, UNet2DConditionModel
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What one open `attention` context wants to see, and where it goes."""
-
-    maps: AttentionMaps
-    tokens: tuple[int, ...]
 
 
 class LayerAttention:
@@ -59,9 +51,7 @@ class LayerAttention:
             attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[2], batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
         for recording in self.recordings:
-            if self.layer in recording.maps.maps:
-                scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-                recording.maps.maps[self.layer].append(scores.softmax(dim=-1)[..., recording.tokens])
+            recording.see(self.layer, self.index, q, k, lambda context: heads(attn.to_k(context)))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         out = out.transpose(1, 2).reshape(batch, -1, attn.heads * v.shape[-1])
         for module in attn.to_out:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from .attention_recording import Recording
 from .backbone import HALF_PRECISION_SCALE, AttentionMaps, Layer, TextContext, TextEncoding
-from .clip_text import Tower, learned_rows, pieces, tokenise
-from .diffusers_attention import LayerAttention, Recording, ldm_name, transformer_blocks
+from .clip_text import Tower, learned_rows, pieces, tokenise, whole_words
+from .diffusers_attention import LayerAttention, ldm_name, transformer_blocks
 from .prompts import Prompt
 from .run_state import weights_fingerprint
 from .schedule import NoiseSchedule
@@ -152,17 +153,23 @@ class DiffusersBackbone:
             vectors[tower.name] = weight.detach()[ids].float()
         return vectors
 
+    def word_table(self, tower: str) -> tuple[tuple[str, ...], Tensor]:
+        (text_tower,) = (t for t in self.text_towers if t.name == tower)
+        words = whole_words(text_tower.tokenizer.get_vocab())
+        weight = text_tower.encoder.get_input_embeddings().weight
+        return tuple(words), weight.detach()[list(words.values())].float()
+
     def encode_text(self, prompt: Prompt, vectors: Mapping[str, Mapping[str, Tensor]]) -> TextEncoding:
         """See Backbone. Raises ValueError for a prompt longer than the text encoder's context.
 
         SD1.x and SD2.x read the last hidden state after its norm, as their pipelines do (SD2.x text encoders are
         published without their last layer); SDXL the last but one of both towers.
         """
-        hidden, pooled, positions = [], None, {}
+        hidden, pooled, positions, length = [], None, {}, 0
         names = prompt.names
         for tower in self.text_towers:
             rows = {name: vectors[name][tower.name] for name in names}
-            ids, positions = tokenise(tower, prompt, {name: rows[name].shape[1] for name in names})
+            ids, positions, length = tokenise(tower, prompt, {name: rows[name].shape[1] for name in names})
             variants = next(iter(rows.values())).shape[0] if rows else 1
             with learned_rows(tower.encoder.get_input_embeddings(), rows, positions):
                 output = tower.encoder(
@@ -174,7 +181,7 @@ class DiffusersBackbone:
                     pooled = output.text_embeds.float()
             else:
                 hidden.append(output.last_hidden_state.float())
-        return TextEncoding(torch.cat(hidden, dim=-1), pooled, positions)
+        return TextEncoding(torch.cat(hidden, dim=-1), pooled, positions, length)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
@@ -208,12 +215,19 @@ class DiffusersBackbone:
         return out.float()
 
     @contextmanager
-    def attention(self, layers: Sequence[Layer], tokens: Sequence[int]) -> Iterator[AttentionMaps]:
+    def attention(
+        self,
+        layers: Sequence[Layer],
+        tokens: Sequence[int],
+        reference: TextContext | None = None,
+        detach_query: bool = False,
+        at_most: int | None = None,
+    ) -> Iterator[AttentionMaps]:
         """See Backbone. Raises ValueError for a layer the model does not have."""
         for layer in layers:
             if layer not in self.layers:
                 raise ValueError(f"This model has no cross-attention layer {layer}.")
-        recording = Recording(AttentionMaps({layer: [] for layer in layers}), tuple(tokens))
+        recording = Recording.start(layers, tokens, reference, detach_query, at_most)
         self._recordings.append(recording)
         try:
             yield recording.maps

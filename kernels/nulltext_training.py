@@ -16,12 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .course import draw_timesteps
 from .files import read_safetensors, write_safetensors
 from .latent_cache import LatentCache
 from .losses import Prediction, denoising_loss
 from .run_state import FORMAT_VERSION, RunState
 from .schedule import NoiseSchedule
-from .training import draw_anchors, draw_timesteps, step_generator
+from .training import draw_anchors, step_generator
 
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
 """eps_theta(x_t (B, C, h, w), t (B,)) of a model without text."""
@@ -135,7 +136,7 @@ class ModelState(RunState):
             int(header["stopped_short_of"]),
             losses,
             {name: values.tolist() for name, values in stats.items()},
-            {name: averages[name].to(weight.device) for name, weight in weights.items()},
+            averages={name: averages[name].to(weight.device) for name, weight in weights.items()},
         )
 
 

@@ -20,9 +20,10 @@ UNLOADED = ("text_projection.weight", "logit_scale")
 
 @dataclass
 class RunState:
-    """Vectors, optimiser and history after `step` finished steps.
+    """Vectors, weights, optimiser and history after `step` finished steps.
 
-    vectors: {tower: (S, n, width)} leaf tensors. moments: AdamW's state by tower, empty before the first step.
+    vectors: {tower: (S, n, width)} leaf tensors. weights: leaf tensors of the U-Net that learn along, mostly none.
+    moments: AdamW's state by tower or name of a weight, empty before the first step. memory: what loss terms keep.
     stopped_short_of: the number of steps the run was to have when the artist ended it early and kept it; 0 otherwise.
     losses: one a step. stats: {name: one value a step}. Random numbers need no state (`training.step_generator`).
     """
@@ -33,21 +34,33 @@ class RunState:
     stopped_short_of: int = 0
     losses: list[float] = field(default_factory=list)
     stats: dict[str, list[float]] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, vectors: Mapping[str, Tensor]) -> RunState:
-        """A run at step 0 from initial vectors."""
-        return cls({tower: v.detach().clone().requires_grad_() for tower, v in vectors.items()})
+    def start(cls, vectors: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> RunState:
+        """A run at step 0 from initial vectors and weights."""
+        leaves = [
+            {k: v.detach().clone().requires_grad_() for k, v in part.items()} for part in (vectors, weights or {})
+        ]
+        return cls(leaves[0], weights=leaves[1])
 
-    def make_optimizer(self, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-        """AdamW over the vectors alone, where this state left it."""
-        groups = [{"params": [v]} for v in self.vectors.values()]
+    def make_optimizer(
+        self, learning_rate: float, weight_decay: float, weights_learning_rate: float = 0.0
+    ) -> torch.optim.AdamW:
+        """AdamW over vectors and weights, where this state left it."""
+        rates = [learning_rate] * len(self.vectors) + [weights_learning_rate] * len(self.weights)
+        leaves = self._leaves()
+        groups = [{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves.values(), rates, strict=True)]
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
         if self.moments:
             values = optimizer.state_dict()
-            values["state"] = {i: self.moments[tower] for i, tower in enumerate(self.vectors)}
+            values["state"] = {i: self.moments[name] for i, name in enumerate(leaves) if name in self.moments}
             optimizer.load_state_dict(values)
         return optimizer
+
+    def _leaves(self) -> dict[str, Tensor]:
+        return {**self.vectors, **self.weights}
 
     def finish_step(self, loss: float, stats: Mapping[str, float], optimizer: torch.optim.AdamW) -> None:
         """Record one finished step."""
@@ -55,40 +68,47 @@ class RunState:
         self.losses.append(loss)
         for key, value in stats.items():
             self.stats.setdefault(key, []).append(value)
-        self.moments = {tower: optimizer.state[v] for tower, v in self.vectors.items()}
+        self.moments = {name: optimizer.state[leaf] for name, leaf in self._leaves().items()}
 
     def save(self, path: Path) -> None:
         """Write the state to `path`. Raises ValueError naming the folder when it cannot be written."""
-        tensors = {f"vectors.{tower}": v.detach().cpu().contiguous() for tower, v in self.vectors.items()}
-        for tower, moments in self.moments.items():
-            tensors |= {f"moments.{tower}.{key}": value.detach().cpu().contiguous() for key, value in moments.items()}
+        tensors = {f"vectors.{tower}": v for tower, v in self.vectors.items()}
+        tensors |= {f"weights.{name}": weight for name, weight in self.weights.items()}
+        tensors |= {f"memory.{name}": kept for name, kept in self.memory.items()}
+        for name, moments in self.moments.items():
+            tensors |= {f"moments.{name}.{key}": value for key, value in moments.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors |= {f"stats.{key}": torch.tensor(v, dtype=torch.float64) for key, v in self.stats.items()}
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         header = {"step": self.step, "stopped_short_of": self.stopped_short_of, "format_version": FORMAT_VERSION}
-        write_safetensors(path, tensors, {key: str(value) for key, value in header.items()})
+        write_safetensors(path, on_cpu, {key: str(value) for key, value in header.items()})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> RunState:
         """Read a state. Raises ValueError naming the file when it is damaged."""
         tensors, header = read_safetensors(path)
-        vectors = {
-            key.removeprefix("vectors."): v.to(device).requires_grad_()
-            for key, v in tensors.items()
-            if key.startswith("vectors.")
-        }
+        losses = tensors.pop("losses").tolist()
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, name = key.split(".", 1)
+            parts.setdefault(part, {})[name] = tensor
         moments: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("moments."):
-                _, tower, name = key.split(".")
-                moments.setdefault(tower, {})[name] = value if name == "step" else value.to(device)
-        stats = {key.removeprefix("stats."): v.tolist() for key, v in tensors.items() if key.startswith("stats.")}
+        for key, value in parts.get("moments", {}).items():
+            name, moment = key.rsplit(".", 1)
+            moments.setdefault(name, {})[moment] = value if moment == "step" else value.to(device)
+        leaves = [
+            {name: v.to(device).requires_grad_() for name, v in parts.get(part, {}).items()}
+            for part in ("vectors", "weights")
+        ]
         return cls(
-            vectors,
+            leaves[0],
             int(header["step"]),
             moments,
             int(header["stopped_short_of"]),
-            tensors["losses"].tolist(),
-            stats,
+            losses,
+            {name: v.tolist() for name, v in parts.get("stats", {}).items()},
+            leaves[1],
+            {name: kept.to(device) for name, kept in parts.get("memory", {}).items()},
         )
 
 

@@ -1,8 +1,9 @@
 """The one training loop of all token methods.
 
 A method is what is plugged in: a layout (where vectors go), loss terms (what they must explain), a gradient rule
-(which part of the gradient they may follow). ADI is per-block layout + denoising loss + gradient mask on triples;
-plain Textual Inversion is one token + denoising loss + no rule.
+(which part of the gradient they may follow), a course (which timesteps, in what order), weights that learn along. ADI
+is per-block layout + denoising loss + gradient mask on triples; plain Textual Inversion is one token + denoising loss
+and nothing else; HiFi Tuner is tail rows + masked denoising + prior, first for all timesteps and then for each.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +19,26 @@ from torch import Tensor
 
 from .backbone import Backbone, TextContext
 from .conditioning import encode_prompt
+from .course import AllTimesteps, Course, SharedThenStagewise
 from .exemplars import EncodedExemplars
 from .gradient_rules import GradientRule
-from .layouts import BoundLayout
-from .losses import Prediction, denoising_loss
+from .layouts import BoundLayout, Layout
+from .losses import Prediction
+from .objective import DENOISING, Objective, SampleLosses
 from .prompts import Prompt
 from .run_state import RunState
-
-LossTerm = Callable[[Prediction], Tensor]
-TIMESTEP_SAMPLINGS = ("uniform", "early (ReVersion)")
+from .weight_plan import NO_WEIGHTS, AdaptedWeights
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Numbers of a run. Everything but `steps` decides what is learned; raising `steps` continues a run.
+    """Numbers of a run.
 
-    learning_rate, weight_decay: of AdamW. batch_size: anchors a step. timestep_sampling: "uniform" over 0..T-1, or
-    "early (ReVersion)", which prefers noisy timesteps. use_masks: mean the loss over the exemplars' masks.
+    steps: those of all timesteps together; raising it continues a run. learning_rate, weight_decay: of AdamW.
+    batch_size: anchors a step. timestep_sampling: "uniform" over 0..T-1, or "early (ReVersion)", which prefers noisy
+    timesteps. use_masks: mean the loss over the exemplars' masks. steps_each_stage: when not 0, the layout's stages
+    learn as one for `steps`, then each by itself for so many more (HiFi Tuner, Algorithm 1: 10). weights_learning_rate:
+    of weights that learn along.
     """
 
     steps: int = 3000
@@ -43,18 +48,20 @@ class TrainingSettings:
     seed: int = 0
     timestep_sampling: str = "uniform"
     use_masks: bool = True
+    steps_each_stage: int = 0
+    weights_learning_rate: float = 0.0
 
+    def total_steps(self, layout: Layout) -> int:
+        """Steps of the whole run: those of all stages together, then those of each by itself."""
+        return self.steps + layout.stages * self.steps_each_stage
 
-def draw_timesteps(sampling: str, shape: tuple[int, ...], timesteps: int, generator: torch.Generator) -> Tensor:
-    """Integer timesteps of `shape`, on the CPU.
-
-    "early (ReVersion)": density proportional to 1 - a cos(pi t / T), a = 0.5 (Huang et al. 2023, Eq. 5), which
-    prefers the noisy timesteps where layout, pose and relations are decided.
-    """
-    if sampling == "uniform":
-        return torch.randint(0, timesteps, shape, generator=generator)
-    density = 1 - 0.5 * torch.cos(math.pi * torch.arange(timesteps) / timesteps)
-    return torch.multinomial(density, math.prod(shape), replacement=True, generator=generator).view(shape)
+    def course(self, layout: BoundLayout, schedule_length: int) -> Course:
+        """The course of a run with these settings."""
+        if self.steps_each_stage:
+            return SharedThenStagewise(
+                layout, self.steps, self.steps_each_stage, self.timestep_sampling, schedule_length
+            )
+        return AllTimesteps(self.timestep_sampling, schedule_length)
 
 
 def concept_gradients(
@@ -67,12 +74,14 @@ def concept_gradients(
     t: Tensor,
     eps: Tensor,
     masks: Tensor | None = None,
-    loss_terms: Sequence[LossTerm] = (denoising_loss,),
-) -> tuple[Tensor, dict[str, Tensor]]:
+    watch: AbstractContextManager[Callable[[Prediction], SampleLosses]] | None = None,
+) -> tuple[SampleLosses, dict[str, Tensor]]:
     """The gradient of each picture's loss with respect to the vectors, from one forward and one backward pass.
 
     R roles share each of B anchors' prompts (R = 3 for ADI's triple). latents, eps: (R, B, C, h, w). t: (R, B).
-    masks: (R, B, 1, h, w). vectors: {tower: (S, n, width)}. Returns losses (R, B) and {tower: (R, B, S, n, width)}.
+    masks: (R, B, 1, h, w). vectors: {tower: (S, n, width)}. watch: `Objective.watch` of the batch, else the denoising
+    loss alone. Returns losses, each (R, B), and {tower: (R, B, S, n, width)}. Weights that ask for a gradient get
+    gradient_scale times that of the sum of all losses.
 
     Each prompt is encoded once, however many roles share it (METHODS 1.9): the contexts enter the U-Net as leaf
     tensors, and each role's context gradient goes back through the text encoder's graph by itself.
@@ -92,10 +101,11 @@ def concept_gradients(
     context = TextContext(context_leaf, with_graph.key, with_graph.value, pooled)
 
     x_0, noise, t_flat = latents.flatten(0, 1), eps.flatten(0, 1), t.flatten().to(latents.device)
-    eps_hat = backbone.predict_noise(backbone.schedule.add_noise(x_0, t_flat, noise), t_flat, context)
-    prediction = Prediction(noise, eps_hat, t_flat, None if masks is None else masks.flatten(0, 1))
-    losses = torch.stack([term(prediction) for term in loss_terms]).sum(dim=0)  # (R * B,)
-    (losses.sum() * backbone.gradient_scale).backward()
+    with watch or DENOISING.watch(range(anchors), roles) as losses_of:
+        eps_hat = backbone.predict_noise(backbone.schedule.add_noise(x_0, t_flat, noise), t_flat, context)
+        prediction = Prediction(noise, eps_hat, t_flat, None if masks is None else masks.flatten(0, 1))
+        losses = losses_of(prediction)  # each (R * B,)
+    (losses.total.sum() * backbone.gradient_scale).backward()
 
     towers = list(vectors)
     inputs = [leaf[tower] for leaf in leaves for tower in towers]
@@ -107,7 +117,7 @@ def concept_gradients(
         )
         for i, tower in enumerate(towers):
             gradients[tower].append(torch.stack(role_gradients[i :: len(towers)]) / backbone.gradient_scale)
-    return losses.detach().view(roles, anchors), {tower: torch.stack(g) for tower, g in gradients.items()}
+    return losses.detached((roles, anchors)), {tower: torch.stack(g) for tower, g in gradients.items()}
 
 
 def train(
@@ -119,23 +129,26 @@ def train(
     settings: TrainingSettings,
     state: RunState,
     after_step: Callable[[RunState], bool],
-    loss_terms: Sequence[LossTerm] = (denoising_loss,),
+    objective: Objective = DENOISING,
+    adapted: AdaptedWeights = NO_WEIGHTS,
 ) -> None:
-    """Train `state.vectors` in place from `state.step` to `settings.steps`, leaving base weights alone.
+    """Train `state.vectors` and `state.weights` in place from `state.step` to the last of the settings' steps.
 
-    after_step: sees the state after each step; returns True to stop early; may raise to cancel. Whenever this
-    function is left, by whichever way, `state` is that of the last finished step, so a run resumed from it equals
-    one never interrupted, bit for bit.
+    The base weights are left alone. after_step: sees the state after each step; returns True to stop early; may raise
+    to cancel. adapted: where `state.weights` go. Whenever this function is left, by whichever way, `state` is that of
+    the last finished step, so a run resumed from it equals one never interrupted, bit for bit.
 
     Raises ValueError when the loss or a gradient is not finite.
     """
-    optimizer = state.make_optimizer(settings.learning_rate, settings.weight_decay)
-    count = len(data.prompts)
-    while state.step < settings.steps:
+    optimizer = state.make_optimizer(settings.learning_rate, settings.weight_decay, settings.weights_learning_rate)
+    schedule_length, count = len(backbone.schedule), len(data.prompts)
+    course = settings.course(layout, schedule_length)
+    while state.step < settings.total_steps(layout.layout):
         # Random numbers are a function of (seed, step), so a resumed run draws what an uninterrupted one would; the
         # rule has its own, so that runs which differ in the rule alone see the same anchors, timesteps and noise.
         generator = step_generator(settings.seed, state.step, "batch")
         rule_generator = step_generator(settings.seed, state.step, "rule")
+        course.begin(state.step, state.vectors, optimizer)
 
         # What to look at: B anchors, for each the pictures of all roles (R, B, C, h, w), timesteps and noise.
         anchors = draw_anchors(count, settings.batch_size, generator)
@@ -145,34 +158,43 @@ def train(
         if settings.use_masks and data.masks is not None:
             masks = torch.stack([p.masks for p in pictures], dim=1)
         roles, batch = latents.shape[:2]
-        t = draw_timesteps(
-            settings.timestep_sampling,
-            (1 if rule.share_timestep else roles, batch),
-            len(backbone.schedule),
-            generator,
-        ).expand(roles, batch)
+        t_shape = (1 if rule.share_timestep else roles, batch)
+        t = course.timesteps(state.step, t_shape, generator).expand(roles, batch)
         noise_shape = (1 if rule.share_noise else roles, *latents.shape[1:])
         eps = torch.randn(noise_shape, generator=generator).to(latents).expand_as(latents)
 
-        # What they ask of the vectors, and what the rule lets through.
+        # What they ask of the vectors, what the rule lets through, and what the terms of the vectors alone ask.
         prompts = [data.prompts[i] for i in anchors]
-        losses, gradients = concept_gradients(
-            backbone, name, prompts, state.vectors, layout, latents, t, eps, masks, loss_terms
-        )
-        check_finite(losses, gradients, state.step)
+        optimizer.zero_grad()
+        with adapted.applied(state.weights):
+            watch = objective.watch(anchors, roles)
+            losses, gradients = concept_gradients(
+                backbone, name, prompts, state.vectors, layout, latents, t, eps, masks, watch
+            )
         updates = {tower: rule.combine(g, rule_generator) for tower, g in gradients.items()}
+        read = layout.slots_of({layout.stage(int(t_), schedule_length) for t_ in t.flatten()})
+        pulls, values = objective.pull(state.vectors, read, state.step, state.memory)
+
+        for tower, v in state.vectors.items():
+            v.grad = course.route(state.step, updates[tower].gradient + pulls[tower])
+        for weight in state.weights.values():
+            weight.grad /= batch * backbone.gradient_scale
+        leaves = [*state.vectors.values(), *state.weights.values()]
+        check_finite([losses.total, *gradients.values(), *(leaf.grad for leaf in leaves)], state.step)
 
         before = {tower: v.detach().clone() for tower, v in state.vectors.items()}
-        for tower, v in state.vectors.items():
-            v.grad = updates[tower].gradient
         optimizer.step()
         with torch.no_grad():
             for tower, v in state.vectors.items():
-                if updates[tower].movable is not None:
-                    v.copy_(torch.where(updates[tower].movable, v, before[tower]))
+                for movable in (updates[tower].movable, course.movable(state.step, v)):
+                    if movable is not None:
+                        v.copy_(torch.where(movable, v, before[tower]))
 
+        denoising = losses.denoising[0].mean().item()
+        values |= {label: value[0].mean().item() for label, value in losses.terms.items()}
         stats = {k: v for update in updates.values() for k, v in update.stats.items()}
-        state.finish_step(losses[0].mean().item(), stats, optimizer)
+        stats |= {label: value / denoising for label, value in values.items()}
+        state.finish_step(denoising, stats, optimizer)
         if after_step(state):
             return
 
@@ -189,9 +211,9 @@ def draw_anchors(count: int, batch_size: int, generator: torch.Generator) -> lis
     return torch.cat(rounds)[:batch_size].tolist()
 
 
-def check_finite(losses: Tensor, gradients: Mapping[str, Tensor], step: int) -> None:
+def check_finite(values: Sequence[Tensor], step: int) -> None:
     """Raise ValueError when a loss or gradient is NaN or infinite."""
-    if not losses.isfinite().all() or not all(g.isfinite().all() for g in gradients.values()):
+    if not all(value.isfinite().all() for value in values):
         raise ValueError(
             f"The loss is not finite at step {step + 1}; the vectors of step {step} are kept. Lower the learning "
             "rate, or load the checkpoint in bf16 or fp32 if it runs in fp16."

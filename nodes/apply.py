@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..kernels.backbone import Layer
 from ..kernels.concept import Concept
-from ..kernels.conditioning import encode_prompt
+from ..kernels.conditioning import encode_prompt, spell_out
 from ..kernels.prompts import parse_prompt
 from .native.payload import TIMESTEPS, concept_conditioning, plain_conditioning, route_concepts
 from .native.text import describe_clip, encode_text, prompt_words
@@ -85,20 +85,16 @@ class AtelierTextEncode(io.ComfyNode):
             concept.check_fits(kind.family, kind.towers)
         prompt = parse_prompt(text, named)
         used = {name: named[name] for name in prompt.names}
-        words = prompt_words(clip, prompt, {name: concept.layout.tokens for name, concept in used.items()})
+        layouts = {name: concept.bound_layout() for name, concept in used.items()}
+        words = prompt_words(clip, spell_out(prompt, layouts), {name: c.layout.tokens for name, c in used.items()})
         if not used:
             encoding = encode_text(clip, prompt, {})
             return io.NodeOutput(plain_conditioning(encoding.hidden, encoding.pooled, words))
         layers = common_layers(used.values())
-        staged = encode_prompt(
-            partial(encode_text, clip),
-            layers,
-            prompt,
-            {name: concept.vectors for name, concept in used.items()},
-            {name: concept.layout.bind(layers) for name, concept in used.items()},
-            TIMESTEPS,
-        )
-        return io.NodeOutput(concept_conditioning(staged, layers, words))
+        vectors = {name: concept.vectors for name, concept in used.items()}
+        staged = encode_prompt(partial(encode_text, clip), layers, prompt, vectors, layouts, TIMESTEPS)
+        owner = {at: f"<{name}>" for name, positions in staged.positions.items() for at in positions}
+        return io.NodeOutput(concept_conditioning(staged, layers, [owner.get(at, w) for at, w in enumerate(words)]))
 
 
 class AtelierApplyConcepts(io.ComfyNode):

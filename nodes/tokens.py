@@ -8,6 +8,7 @@ from ..kernels.layouts import Layout
 from .types import Layout as LayoutType
 
 GRANULARITIES = {"one token": "prompt", "per block": "block", "per layer": "layer"}
+PLACES = {"word": "word", "tail rows, added": "tail residual", "tail rows, replaced": "tail replace"}
 
 
 class AtelierTokenLayout(io.ComfyNode):
@@ -18,8 +19,17 @@ class AtelierTokenLayout(io.ComfyNode):
             display_name="Token Layout",
             category="Concept Atelier/Train",
             description="Chooses how finely a concept is divided: one word for the whole picture, or a word of its own "
-            "for each part of the U-Net.",
-            search_aliases=["textual inversion", "P+", "extended textual inversion", "XTI", "per layer embedding"],
+            "for each part of the U-Net or stage of denoising; and where it goes, into the prompt or behind it.",
+            search_aliases=[
+                "textual inversion",
+                "P+",
+                "extended textual inversion",
+                "XTI",
+                "per layer embedding",
+                "ProSpect",
+                "SeFi-IDE",
+                "HiFi Tuner",
+            ],
             inputs=[
                 io.Combo.Input(
                     "granularity",
@@ -35,16 +45,42 @@ class AtelierTokenLayout(io.ComfyNode):
                     default=1,
                     min=1,
                     max=16,
-                    tooltip="Vectors in a row at the place of the identifier. ADI uses 1; more hold more detail and "
-                    "overfit sooner.",
+                    tooltip="Vectors in a row at the place of the identifier. ADI uses 1, HiFi Tuner's tail rows 5; "
+                    "more hold more detail and overfit sooner.",
+                ),
+                io.Int.Input(
+                    "stages",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    tooltip="Equal parts of the way from noise to picture, each with vectors of its own. 1: the same "
+                    "all the way. SeFi-IDE: 5 with split_kv. ProSpect: 10. HiFi Tuner: 50, with steps_each_stage on "
+                    "Train Concept.",
+                ),
+                io.Boolean.Input(
+                    "split_kv",
+                    default=False,
+                    tooltip="Separate vectors for keys (where the word looks) and values (what it puts there): "
+                    "SeFi-IDE's pairs.",
+                ),
+                io.Combo.Input(
+                    "place",
+                    options=list(PLACES),
+                    default="word",
+                    tooltip="word: at the identifier's place in the prompt. tail rows (HiFi Tuner 3.2): the "
+                    "identifier reads as the init word, and the last rows of the encoded prompt carry the concept. "
+                    "added: on top of the prompt's own rows, so that an unlearned concept is exactly the plain "
+                    "prompt; replaced: in their place, as the paper has it.",
                 ),
             ],
             outputs=[LayoutType.Output(display_name="layout", tooltip="For Train.")],
         )
 
     @classmethod
-    def execute(cls, granularity: str, tokens: int) -> io.NodeOutput:
-        return io.NodeOutput(Layout(granularity=GRANULARITIES[granularity], tokens=tokens))
+    def execute(
+        cls, granularity: str, tokens: int, stages: int = 1, split_kv: bool = False, place: str = "word"
+    ) -> io.NodeOutput:
+        return io.NodeOutput(Layout(GRANULARITIES[granularity], tokens, stages, split_kv, PLACES[place]))
 
 
 NODES = [AtelierTokenLayout]

@@ -6,14 +6,16 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..kernels.concept_run import ConceptRun, SamplePlan
+from ..kernels.course import TIMESTEP_SAMPLINGS
 from ..kernels.gradient_mask import GradientMask
 from ..kernels.gradient_rules import MaskedTriples, PlainGradient
-from ..kernels.training import TIMESTEP_SAMPLINGS, TrainingSettings
+from ..kernels.training import TrainingSettings
+from ..kernels.weight_plan import WeightPlan
 from .native.backbone import native_session
 from .native.live import LiveReport
 from .native.output_files import runs_folder
 from .native.pictures import to_tensor
-from .types import Concept, Exemplars, GradientRule, Layout
+from .types import Concept, Exemplars, GradientRule, Layout, LossTerm, Weights
 
 
 class AtelierTrain(io.ComfyNode):
@@ -44,7 +46,7 @@ class AtelierTrain(io.ComfyNode):
                     "init_word",
                     default="action",
                     tooltip="A word near the concept, of one piece, from which all vectors start (ADI does not say "
-                    "which; TwinAct takes 'action').",
+                    "which; TwinAct takes 'action'). For tail rows: what the identifier reads as, such as dog.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -139,6 +141,33 @@ class AtelierTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="Forget what an earlier run with the same settings learned and start at step 0.",
                 ),
+                io.Autogrow.Input(
+                    "loss_terms",
+                    template=io.Autogrow.TemplatePrefix(
+                        LossTerm.Input("loss_term", tooltip="Such as Anchor Loss or Subject Attention Loss."),
+                        prefix="loss_term",
+                        min=0,
+                        max=8,
+                    ),
+                    tooltip="What the concept must satisfy beside explaining the pictures. Their size relative to the "
+                    "denoising loss is shown while it learns.",
+                ),
+                Weights.Input(
+                    "weights",
+                    optional=True,
+                    tooltip="Weights of the model that learn along, as in Custom Diffusion or DreamBooth, from Train "
+                    "Weights. They are kept with the concept; the model itself stays as it is.",
+                ),
+                io.Int.Input(
+                    "steps_each_stage",
+                    default=0,
+                    min=0,
+                    max=10_000,
+                    advanced=True,
+                    tooltip="0: the stages of the layout learn side by side. Above 0, HiFi Tuner's Algorithm 1: all "
+                    "stages learn as one for `steps`, then each by itself for so many more, from the noisiest to the "
+                    "cleanest. The paper: 1000 steps, 50 stages, 10 each.",
+                ),
             ],
             outputs=[
                 Concept.Output(display_name="concept", tooltip="For Text Encode with Concepts and Save Concept."),
@@ -152,7 +181,8 @@ class AtelierTrain(io.ComfyNode):
         cls, model, clip, vae, exemplars, layout, name: str, init_word: str, steps: int, learning_rate: float,
         batch_size: int, seed: int, sample_prompts: str, sample_every: int, weight_decay: float,
         timestep_sampling: str, use_masks: bool, sample_steps: int, sample_cfg: float, sample_eta: float,
-        start_fresh: bool, gradient_rule: GradientMask | None = None,
+        start_fresh: bool, gradient_rule: GradientMask | None = None, loss_terms: io.Autogrow.Type = None,
+        weights: WeightPlan | None = None, steps_each_stage: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         prompts = tuple(line.strip() for line in sample_prompts.splitlines() if line.strip())
         run = ConceptRun(
@@ -162,11 +192,13 @@ class AtelierTrain(io.ComfyNode):
             layout=layout,
             rule=PlainGradient() if gradient_rule is None else MaskedTriples(gradient_rule),
             settings=TrainingSettings(
-                steps, learning_rate, weight_decay, batch_size, seed, timestep_sampling, use_masks
+                steps, learning_rate, weight_decay, batch_size, seed, timestep_sampling, use_masks, steps_each_stage
             ),
             samples=SamplePlan(prompts, sample_every, seed, sample_steps, sample_cfg, sample_eta),
+            loss_terms=tuple((loss_terms or {}).values()),
+            weights=weights,
         )
-        report = LiveReport(cls.hidden.unique_id, steps)
+        report = LiveReport(cls.hidden.unique_id, run.total_steps)
         with native_session(model, clip, vae) as backbone:
             concept, state, samples = run.learn(backbone, runs_folder(), report, start_fresh)
         if samples is None:

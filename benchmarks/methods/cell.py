@@ -136,6 +136,9 @@ class Silent:
     def samples(self, image_grid: Tensor) -> None:
         """Nothing."""
 
+    def say(self, lines: Sequence[str]) -> None:
+        """Nothing."""
+
 
 @cache
 def weights_digest() -> str:
@@ -182,7 +185,7 @@ def make(cell: Cell, folder: Path) -> Path:
         run = ConceptRun(NAME, table.init_word(cell.target), exemplars, way.layout, way.rule, settings)
         with tempfile.TemporaryDirectory() as runs:
             concept, _, _ = run.learn(backbone, Path(runs), Silent())
-        layouts = {NAME: way.layout.bind(backbone.layers)}
+        layouts = {NAME: concept.bound_layout()}
         prompts = [parse_prompt(question, [NAME]) for question in questions]
         pictures = _paint(cell, prompts, {NAME: concept.vectors}, layouts)
     pixels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).numpy()

@@ -23,13 +23,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from ...kernels.attention_recording import Recording
 from ...kernels.backbone import HALF_PRECISION_SCALE, AttentionMaps, Layer, TextContext, TextEncoding
 from ...kernels.prompts import Prompt
 from ...kernels.run_state import weights_fingerprint
 from ...kernels.schedule import NoiseSchedule
 from .gradients import attention_with_backward, differentiable, load_for_gradients
 from .patches import layer_of_call, watch_cross_attention, with_patch
-from .text import describe_clip, encode_text_loaded, token_vectors_loaded
+from .text import describe_clip, encode_text_loaded, token_vectors_loaded, word_table_loaded
 
 BLOCKS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -99,8 +100,13 @@ def context_width(model: ModelPatcher) -> int:
 
 def cross_attention_layers(model: ModelPatcher) -> tuple[Layer, ...]:
     """The cross-attention layers of a MODEL in execution order (16 in SD1.x and SD2.x, 70 in SDXL)."""
-    names = [name for name, _ in model.model.diffusion_model.named_modules() if name.endswith(".attn2")]
-    return tuple(_layer_of_module(name) for name in names)
+    return tuple(_cross_attention(model))
+
+
+def _cross_attention(model: ModelPatcher) -> dict[Layer, nn.Module]:
+    """The attn2 modules of a MODEL in execution order."""
+    modules = model.model.diffusion_model.named_modules()
+    return {_layer_of_module(name): module for name, module in modules if name.endswith(".attn2")}
 
 
 def _layer_of_module(name: str) -> Layer:
@@ -133,11 +139,16 @@ class NativeBackbone:
         """See `Backbone.token_vectors`."""
         return {tower: v.to(self.device) for tower, v in token_vectors_loaded(self.clip, text).items()}
 
+    def word_table(self, tower: str) -> tuple[tuple[str, ...], Tensor]:
+        """See `Backbone.word_table`."""
+        words, table = word_table_loaded(self.clip, tower)
+        return words, table.to(self.device)
+
     def encode_text(self, prompt: Prompt, vectors: Mapping[str, Mapping[str, Tensor]]) -> TextEncoding:
         """See `Backbone.encode_text`. Raises ValueError for vectors that do not fit the text towers."""
         encoding = encode_text_loaded(self.clip, prompt, vectors)
         pooled = encoding.pooled.to(self.device) if self.family == "sdxl" else None
-        return TextEncoding(encoding.hidden.to(self.device), pooled, encoding.positions)
+        return TextEncoding(encoding.hidden.to(self.device), pooled, encoding.positions, encoding.length)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backbone.encode_image`."""
@@ -206,12 +217,23 @@ class NativeBackbone:
         return patch
 
     @contextmanager
-    def attention(self, layers: Sequence[Layer], tokens: Sequence[int]) -> Iterator[AttentionMaps]:
-        """See `Backbone.attention`. predict_noise raises ValueError where another node replaced a layer's attention."""
-        recorder = _AttentionRecorder(layers, tokens)
+    def attention(
+        self,
+        layers: Sequence[Layer],
+        tokens: Sequence[int],
+        reference: TextContext | None = None,
+        detach_query: bool = False,
+        at_most: int | None = None,
+    ) -> Iterator[AttentionMaps]:
+        """See `Backbone.attention`. predict_noise raises ValueError where another node replaced a layer's attention.
+
+        Other nodes' patches of contexts (attn2_patch) do not see the reference; their weights do.
+        """
+        recording = Recording.start(layers, tokens, reference, detach_query, at_most)
+        recorder = _AttentionRecorder(recording, _cross_attention(self.model))
         self._recorders.append(recorder)
         try:
-            yield recorder.recorded
+            yield recording.maps
         finally:
             self._recorders.remove(recorder)
 
@@ -232,14 +254,17 @@ class NativeBackbone:
 class _AttentionRecorder:
     """Reads attention from q and k on the side of the attention function, whose result it leaves alone."""
 
-    def __init__(self, layers: Sequence[Layer], tokens: Sequence[int]) -> None:
-        self.layers, self.tokens = frozenset(layers), list(tokens)
-        self.recorded = AttentionMaps({layer: [] for layer in layers})
+    def __init__(self, recording: Recording, modules: Mapping[Layer, nn.Module]) -> None:
+        """modules: the cross-attention of the MODEL in execution order."""
+        self.recording, self.modules = recording, modules
+        self.indices = {layer: index for index, layer in enumerate(modules)}
         self._missing: set[Layer] = set()
+        self._replacements: Mapping[tuple, Callable] = {}
 
     def install(self, options: dict[str, Any]) -> dict[str, Any]:
         """A copy of transformer_options that makes the next forward pass record."""
-        self._missing = set(self.layers)
+        self._missing = set(self.recording.maps.maps)
+        self._replacements = options.get("patches_replace", {}).get("attn2", {})
         return watch_cross_attention(options, self._look)
 
     def _look(self, extra_options: Mapping[str, Any], q: Tensor, k: Tensor, heads: int) -> None:
@@ -247,14 +272,21 @@ class _AttentionRecorder:
         if layer not in self._missing:
             return
         self._missing.discard(layer)
-        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in (q, k))
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        self.recorded.maps[layer].append(scores.softmax(dim=-1)[..., self.tokens])
+
+        def by_head(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        to_k = self.modules[layer].to_k
+        self.recording.see(layer, self.indices[layer], by_head(q), by_head(k), lambda c: by_head(to_k(c)))
 
     def check(self) -> None:
         """Raise ValueError when a layer that was asked for did not compute attention."""
         if self._missing:
+            first = min(self._missing)
+            replacement = self._replacements.get(first, self._replacements.get(first[:2]))
+            code = replacement if hasattr(replacement, "__qualname__") else type(replacement)
+            origin = "" if replacement is None else f" ({code.__qualname__} of {code.__module__})"
             raise ValueError(
-                f"Another node replaces the cross-attention of {len(self._missing)} layers of this MODEL, so their "
-                "attention cannot be read: connect the MODEL as it comes before that node."
+                f"Another node{origin} replaces the cross-attention of {len(self._missing)} layers of this MODEL, so "
+                "their attention cannot be read: connect the MODEL as it comes before that node."
             )

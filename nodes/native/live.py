@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ STOP_ROUTE = "/concept-atelier/stop"
 EVENT_SECONDS = 0.1  # not faster than the frontend draws
 PREVIEW_SECONDS = 1.0  # a preview is a JPEG: a hundred times the bytes of an event
 PREVIEW_WIDTH = 512
+LINE_LENGTH = 72  # characters of a line of text on that width
 CURVE_POINTS = 200  # what the panel can show on its width
 EMA_BETA = 0.98
 
@@ -139,6 +141,7 @@ class LiveReport:
         self.node_id, self.total = node_id, total_steps
         self._bar = comfy.utils.ProgressBar(total_steps, node_id=node_id)
         self._grid: Image.Image | None = None
+        self._words: Image.Image | None = None
         self._start: tuple[int, float] | None = None
         self._next_event = self._next_preview = 0.0
         stop_requests.discard(node_id)  # a request that came after the last run ended is not for this one
@@ -153,6 +156,14 @@ class LiveReport:
         grid = to_pil(image_grid)
         self._grid = grid.resize((PREVIEW_WIDTH, max(1, round(PREVIEW_WIDTH * grid.height / grid.width))))
         self._next_preview = 0.0
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Show these lines between curve and samples from the next step on, instead of what was said before."""
+        self._words = None
+        if lines:
+            text = "\n".join(line for long in lines for line in textwrap.wrap(long, LINE_LENGTH))
+            self._words = Image.new("RGB", (PREVIEW_WIDTH, 10 + 17 * (1 + text.count("\n"))), PAPER)
+            ImageDraw.Draw(self._words).multiline_text((8, 4), text, fill=INK, font=ImageFont.load_default(13))
 
     def step(self, step: int, loss_history: Sequence[float], stats: dict[str, float]) -> None:
         """Report that `step` steps are done. loss_history: of all steps so far; stats: figures to show, by name.
@@ -174,14 +185,14 @@ class LiveReport:
             self._next_event = now + EVENT_SECONDS
 
     def picture(self, losses: Sequence[float]) -> Image.Image:
-        """The loss curve, and under it the newest samples."""
-        curve = loss_curve(losses)
-        if self._grid is None:
-            return curve
-        both = Image.new("RGB", (PREVIEW_WIDTH, curve.height + self._grid.height))
-        both.paste(curve, (0, 0))
-        both.paste(self._grid, (0, curve.height))
-        return both
+        """The loss curve, under it what was said last, under that the newest samples."""
+        parts = [part for part in (loss_curve(losses), self._words, self._grid) if part is not None]
+        whole = Image.new("RGB", (PREVIEW_WIDTH, sum(part.height for part in parts)))
+        top = 0
+        for part in parts:
+            whole.paste(part, (0, top))
+            top += part.height
+        return whole
 
     def _event(self, step: int, now: float, losses: Sequence[float], stats: dict[str, float]) -> dict[str, Any]:
         first_step, start = self._start

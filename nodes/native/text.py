@@ -18,12 +18,11 @@ from comfy.sd1_clip import SD1ClipModel, SDClipModel, SDTokenizer, gen_empty_tok
 from comfy.sdxl_clip import SDXLClipModel
 from torch import Tensor
 
-from ...kernels.backbone import TextEncoding
+from ...kernels.backbone import TOWER_ORDER, TextEncoding
+from ...kernels.clip_text import END_OF_WORD, whole_words
 from ...kernels.prompts import Placeholder, Prompt
 
 FAMILIES = {("l",): "sd1", ("h",): "sd2", ("l", "g"): "sdxl"}
-END_OF_WORD = "</w>"  # how CLIP's vocabulary marks the last piece of a word
-TOWER_ORDER = "lhg"  # SDXL's contexts are the l tower's channels, then the g tower's
 
 Tokens = list[list[tuple[int | Tensor, float]]]  # chunks of (token, weight); a token is an id or a vector
 
@@ -70,7 +69,7 @@ def encode_text(clip: comfy.sd.CLIP, prompt: Prompt, vectors: Mapping[str, Mappi
         encoding = encode_text_loaded(clip, prompt, vectors)
     device = comfy.model_management.intermediate_device()
     pooled = None if encoding.pooled is None else encoding.pooled.to(device)
-    return TextEncoding(encoding.hidden.to(device), pooled, encoding.positions)
+    return TextEncoding(encoding.hidden.to(device), pooled, encoding.positions, encoding.length)
 
 
 def encode_text_loaded(
@@ -97,7 +96,8 @@ def encode_text_loaded(
             h, pooled = _encode_chunks(tower, filled)  # SDXL pools its last tower, g
             hidden.append(h)
     shortest = min(h.shape[1] for h in hidden)
-    return TextEncoding(torch.cat([h[:, :shortest] for h in hidden], dim=-1), pooled, slots.positions(chunks))
+    hidden = torch.cat([h[:, :shortest] for h in hidden], dim=-1)
+    return TextEncoding(hidden, pooled, slots.positions(chunks), _length(chunks, _tokenizer(clip, name)))
 
 
 def prompt_words(clip: comfy.sd.CLIP, prompt: Prompt, sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -142,6 +142,14 @@ def token_vectors_loaded(clip: comfy.sd.CLIP, text: str) -> dict[str, Tensor]:
                 torch.tensor(ids, dtype=torch.long, device=clip.patcher.load_device), out_dtype=torch.float32
             )
     return vectors
+
+
+def word_table_loaded(clip: comfy.sd.CLIP, tower: str) -> tuple[tuple[str, ...], Tensor]:
+    """`Backbone.word_table` with a CLIP that is loaded already."""
+    words = whole_words({piece: i for i, piece in _tokenizer(clip, tower).inv_vocab.items()})
+    ids = torch.tensor(list(words.values()), device=clip.patcher.load_device)
+    with torch.no_grad():
+        return tuple(words), _embedding(text_towers(clip)[tower])(ids, out_dtype=torch.float32)
 
 
 def _embedding(tower: SDClipModel) -> torch.nn.Embedding:
@@ -215,6 +223,16 @@ class _Slots:
         flat = [token for chunk in chunks for token, _ in chunk]
         owners = {at: self.owner[int(token)][0] for at, token in enumerate(flat) if _is_slot(token)}
         return {name: tuple(at for at, owner in owners.items() if owner == name) for name in self.prompt.names}
+
+
+def _length(chunks: Tokens, tokenizer: SDTokenizer) -> int:
+    """Tokens before the padding, start and end of each chunk included."""
+    tokens = [token for chunk in chunks for token, _ in chunk]
+    padding = 0
+    while not torch.is_tensor(tokens[-1 - padding]) and tokens[-1 - padding] == tokenizer.pad_token:
+        padding += 1
+    # Where padding is the end token, the first of it is the end.
+    return len(tokens) - padding + (tokenizer.pad_token == tokenizer.end_token)
 
 
 def _is_slot(token: int | Tensor) -> bool:

@@ -35,6 +35,9 @@ class Recorder:
     def samples(self, image_grid) -> None:
         self.grids.append(image_grid)
 
+    def say(self, lines) -> None:
+        self.said = list(lines)
+
 
 @pytest.fixture(scope="module")
 def backbone() -> DiffusersBackbone:

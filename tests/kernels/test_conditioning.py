@@ -22,7 +22,7 @@ class CountingEncoder:
         sums = [vectors[name]["l"].sum(dim=(1, 2)) for name in prompt.names]
         hidden = torch.stack(sums, dim=-1)[:, None] if sums else torch.zeros(1, 1, 1)
         self.variants = len(hidden)
-        return TextEncoding(hidden, hidden[:, 0], dict.fromkeys(prompt.names, (1,)))
+        return TextEncoding(hidden, hidden[:, 0], dict.fromkeys(prompt.names, (1,)), 1)
 
 
 def encode(text: str, **layouts: Layout):

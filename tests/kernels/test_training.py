@@ -6,6 +6,7 @@ import pytest
 import torch
 from concept_atelier.kernels.concept import new_vectors
 from concept_atelier.kernels.conditioning import encode_prompt
+from concept_atelier.kernels.course import draw_timesteps
 from concept_atelier.kernels.diffusers_backbone import DiffusersBackbone
 from concept_atelier.kernels.exemplars import Exemplar, encode_exemplars
 from concept_atelier.kernels.gradient_mask import GradientMask, context_mask
@@ -14,13 +15,7 @@ from concept_atelier.kernels.layouts import Layout
 from concept_atelier.kernels.losses import Prediction, denoising_loss
 from concept_atelier.kernels.prompts import fill_blank
 from concept_atelier.kernels.run_state import RunState
-from concept_atelier.kernels.training import (
-    TrainingSettings,
-    concept_gradients,
-    draw_anchors,
-    draw_timesteps,
-    train,
-)
+from concept_atelier.kernels.training import TrainingSettings, concept_gradients, draw_anchors, train
 from concept_atelier.toyworld.model import load_toy
 
 NAME = "act"
@@ -179,7 +174,7 @@ def test_gradients_of_a_batched_triple_equal_three_single_passes(backbone, data)
     losses, together = gradients(backbone, data, vectors, layout, latents, t, eps)
     for r in range(3):
         loss, alone = gradients(backbone, data, vectors, layout, latents[r : r + 1], t[:1], eps[:1])
-        assert torch.allclose(loss[0], losses[r], rtol=1e-5)
+        assert torch.allclose(loss.total[0], losses.total[r], rtol=1e-5)
         scale = alone["l"].abs().max()
         assert torch.allclose(alone["l"][0], together["l"][r], atol=1e-5 * scale)
 
