@@ -35,6 +35,7 @@ torch.set_num_threads(1)
 if COMFYUI is not None:
     start_comfyui(COMFYUI)
     load_helper("tiny_models")
+    load_helper("prompting")
 
 
 class SkippedModule(pytest.Module):

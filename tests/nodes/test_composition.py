@@ -17,15 +17,11 @@ import pytest
 import tiny_models
 import torch
 from comfy_extras import nodes_custom_sampler as custom
-from concept_atelier.kernels.concept import Concept
 from concept_atelier.kernels.layouts import Layout
-from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
-from concept_atelier.nodes.native.backbone import cross_attention_layers
-from concept_atelier.nodes.native.text import describe_clip
+from prompting import CFG, SEED, STEPS, encode, ksampler, make_concept, route, stock_encode
 
 import nodes as comfy_nodes
 
-STEPS, CFG, SEED = 3, 5.0, 3
 TOLERANCE = 2e-5
 WORD = "x"  # one token; by hand, its place is where a concept's vector goes
 
@@ -38,27 +34,6 @@ def inference_mode():
 
 def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
-
-
-def make_concept(tiny, name, layout, seed=0):
-    """A concept of random vectors on a tiny model."""
-    kind, layers = describe_clip(tiny.clip), cross_attention_layers(tiny.model)
-    slots = layout.bind(layers).slots
-    generator = torch.Generator().manual_seed(seed)
-    vectors = {t: torch.randn(slots, layout.tokens, width, generator=generator) for t, width in kind.towers.items()}
-    return Concept(name, vectors, layout, kind.family, layers)
-
-
-def encode(clip, text, *concepts):
-    return AtelierTextEncode.execute(clip, text, {f"concept{i}": c for i, c in enumerate(concepts)})[0]
-
-
-def stock_encode(clip, text):
-    return comfy_nodes.CLIPTextEncode().encode(clip, text)[0]
-
-
-def route(model):
-    return AtelierApplyConcepts.execute(model)[0]
 
 
 def encode_by_hand(clip, text, vectors):
@@ -105,13 +80,6 @@ def rewired(model, *prompts):
     finally:
         for module in modules:
             del module.forward
-
-
-def ksampler(model, positive, negative, latent=None):
-    latent = {"samples": torch.zeros(1, 4, 8, 8)} if latent is None else latent
-    return comfy_nodes.KSampler().sample(model, SEED, STEPS, CFG, "euler", "normal", positive, negative, latent)[0][
-        "samples"
-    ]
 
 
 def sampler_custom_advanced(model, positive, negative):

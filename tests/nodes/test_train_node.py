@@ -10,8 +10,13 @@ from comfy_api.latest._io import HiddenHolder
 from concept_atelier.kernels.exemplars import Exemplar
 from concept_atelier.kernels.gradient_mask import GradientMask
 from concept_atelier.kernels.layouts import Layout
+from concept_atelier.kernels.losses import NullTextPrior
 from concept_atelier.nodes.native.live import LiveReport, stop_requests
+from concept_atelier.nodes.native.payload import WORDS
+from concept_atelier.nodes.prior import AtelierNullTextPrior
+from concept_atelier.nodes.tokens import AtelierTokenLayout
 from concept_atelier.nodes.train import AtelierTrain
+from prompting import encode
 
 NODE_ID = "12"
 
@@ -155,3 +160,18 @@ def test_an_unwritable_output_folder_is_named(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "full"))
     with pytest.raises(ValueError, match="full"):
         train(tiny("sd1"))
+
+
+def test_the_node_learns_shared_then_stage_by_stage(tiny):
+    layout = AtelierTokenLayout.execute("one token", 2, stages=4, place="tail rows, added")[0]
+    prior = AtelierNullTextPrior.execute(1e-3)[0]
+    assert prior == NullTextPrior(1e-3)
+    changes = {"layout": layout, "gradient_rule": None, "init_word": "brown dog"}
+    concept, _, loss_map = train(
+        tiny("sd1"), steps=2, steps_each_stage=1, loss_terms={"loss_term0": prior}, **changes
+    ).args
+    assert len(loss_map["loss"]) == 2 + 4 and concept.metadata["steps"] == "6"
+    stages = concept.vectors["l"]
+    assert stages.shape == (4, 2, 64) and len({v.sum().item() for v in stages}) == 4
+    words = encode(tiny("sd1").clip, "a <act> here", concept)[0][1][WORDS]
+    assert words[1:5] == ("a", "brown", "dog", "here")
