@@ -107,7 +107,7 @@ class NullTextPrior:
     weight: w_s, with the sum over the n x d numbers of c_s, averaged over slots. The paper does not give it.
     """
 
-    weight: float = 1e-3
+    weight: float = 1e-5
     denoising_weight = 1.0
 
     def bind(self, learning: Learning) -> VectorTerm:
@@ -123,9 +123,9 @@ class NullTextPrior:
 class _BoundPrior(VectorTerm):
     label = "prior : denoising"
 
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
+    def __init__(self, w_s: float) -> None:
+        self.w_s, self.weight = w_s, float(w_s != 0)  # w_s in the value: what is shown is what it is set by
 
     def value(self, vectors: Mapping[str, Tensor], step: int, memory: dict[str, Tensor]) -> Tensor:
         # The vectors of tail rows are kept as c_s - phi_s.
-        return sum(v.square().sum(dim=(1, 2)).mean() for v in vectors.values())
+        return self.w_s * sum(v.square().sum(dim=(1, 2)).mean() for v in vectors.values())

@@ -21,10 +21,10 @@ class AtelierNullTextPrior(io.ComfyNode):
             inputs=[
                 io.Float.Input(
                     "weight",
-                    default=1e-3,
+                    default=1e-5,
                     min=0.0,
                     max=1000.0,
-                    step=1e-4,
+                    step=1e-6,
                     round=False,
                     tooltip="w_s of HiFi Tuner Eq. 6, with the sum of squares over rows and channels. The paper does "
                     "not give it: choose it so that 'prior : denoising' on Train Concept ends between 0.01 and 0.1.",

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,15 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.concept import Concept
 from ...kernels.concept_run import ConceptRun
 from ...kernels.diffusers_backbone import DiffusersBackbone
+from ...kernels.layout_guidance import Placement, guide_layout, phrase_positions
+from ...kernels.layout_predictor import LayoutPredictor, load_predictor, word_embedding
 from ...kernels.prompts import Prompt, parse_prompt
 from ...kernels.sampling import paint
 from ...kernels.training import TrainingSettings
+from ...kernels.weight_plan import concept_weights_applied
 from ...toyworld.judge import Judge, load_judge
 from ...toyworld.model import load_toy
 from ...toyworld.render import SIZE
-from ...toyworld.weights import WEIGHTS
+from ...toyworld.weights import LAYOUT_PREDICTOR, WEIGHTS
 from .actions import Actions
 from .compositions import Compositions
 from .subjects import Subjects
@@ -85,9 +89,7 @@ class Cell:
         causes = {
             "version": VERSION,
             "table": self.table,
-            "row": {key: value for key, value in asdict(self.way).items() if key not in ("layout", "rule")},
-            "layout": str(self.way.layout),
-            "rule": str(self.way.rule),
+            "row": str(self.way),
             "target": self.target,
             "words": None if self.way.layout else TABLES[self.table].words(self.target),
             "init_word": TABLES[self.table].init_word(self.target),
@@ -150,6 +152,12 @@ def weights_digest() -> str:
 
 
 @cache
+def layout_predictor() -> LayoutPredictor:
+    """The bundled one, loaded once a process."""
+    return load_predictor(WEIGHTS / LAYOUT_PREDICTOR)
+
+
+@cache
 def studio() -> tuple[DiffusersBackbone, Judge]:
     """The toy model and its judge, loaded once a process."""
     return DiffusersBackbone.from_toy(load_toy()), load_judge()
@@ -173,44 +181,83 @@ def make(cell: Cell, folder: Path) -> Path:
     torch.set_num_threads(1)
     backbone, judge = studio()
     table, way = TABLES[cell.table], cell.way
-    questions = [question.prompt for question in cell.questions()]
+    questions = cell.questions()
     if way.layout is None:
-        questions = [question.replace(f"<{NAME}>", table.words(cell.target)) for question in questions]
-        pictures = _paint(cell, [Prompt((question,)) for question in questions], {}, {})
+        texts = [question.prompt.replace(f"<{NAME}>", table.words(cell.target)) for question in questions]
+        pictures = _paint(cell, [Prompt((text,)) for text in texts], {}, {})
     else:
-        settings = TrainingSettings(
-            steps=cell.steps, learning_rate=cell.learning_rate, seed=cell.seed, use_masks=way.use_masks
-        )
-        exemplars = table.exemplars(way, cell.target, cell.seed)
-        run = ConceptRun(NAME, table.init_word(cell.target), exemplars, way.layout, way.rule, settings)
-        with tempfile.TemporaryDirectory() as runs:
-            concept, _, _ = run.learn(backbone, Path(runs), Silent())
-        layouts = {NAME: concept.bound_layout()}
-        prompts = [parse_prompt(question, [NAME]) for question in questions]
-        pictures = _paint(cell, prompts, {NAME: concept.vectors}, layouts)
+        concept = _learn(cell)
+        prompts = [parse_prompt(question.prompt, [NAME]) for question in questions]
+        with concept_weights_applied(backbone, concept.weights):
+            pictures = _paint(cell, prompts, {NAME: concept.vectors}, {NAME: concept.bound_layout()})
     pixels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     Result(pixels, judge.read(pictures.clamp(0, 1).movedim(-1, 1))).save(file)
     return file
 
 
+def _learn(cell: Cell) -> Concept:
+    table, way = TABLES[cell.table], cell.way
+    settings = TrainingSettings(
+        steps=cell.steps,
+        learning_rate=cell.learning_rate,
+        seed=cell.seed,
+        use_masks=way.use_masks,
+        steps_each_stage=way.steps_each_stage,
+    )
+    run = ConceptRun(
+        NAME,
+        table.init_word(cell.target),
+        table.exemplars(way, cell.target, cell.seed),
+        way.layout,
+        way.rule,
+        settings,
+        loss_terms=way.loss_terms,
+        weights=way.weights,
+    )
+    with tempfile.TemporaryDirectory() as runs:
+        concept, _, _ = run.learn(studio()[0], Path(runs), Silent())
+    return concept
+
+
 def _paint(cell: Cell, prompts: list[Prompt], vectors: dict, layouts: dict) -> Tensor:
     backbone, _ = studio()
     effort = cell.effort
-    # The same start for every row: rows differ in what they learned alone.
+    # The same start for every row: rows differ in what they learned, and in how they are painted, alone.
     seeds = [1000 * (cell.seed + 1) + index for index in range(len(prompts))]
-    return torch.cat(
-        [
+    pictures = []
+    for first in range(0, len(prompts), BATCH):
+        part = slice(first, first + BATCH)
+        guide = None
+        if cell.way.guidance is not None:
+            guide = guide_layout(backbone, _places(cell, prompts[part], vectors, part), cell.way.guidance)
+        pictures.append(
             paint(
                 backbone,
-                prompts[first : first + BATCH],
+                prompts[part],
                 vectors,
                 layouts,
-                seeds[first : first + BATCH],
+                seeds[part],
                 (SIZE, SIZE),
                 effort.sampler_steps,
                 effort.cfg,
                 effort.eta,
+                guide=guide,
             )
-            for first in range(0, len(prompts), BATCH)
-        ]
-    )
+        )
+    return torch.cat(pictures)
+
+
+def _places(cell: Cell, prompts: list[Prompt], vectors: dict, part: slice) -> list[list[Placement]]:
+    """Of each prompt the boxes that the predictor gives its two things, a learned one by its vectors."""
+    backbone, _ = studio()
+    sizes = {name: next(iter(by_tower.values())).shape[1] for name, by_tower in vectors.items()}
+    learned = {f"<{name}>": {t: v.flatten(0, 1) for t, v in by_tower.items()} for name, by_tower in vectors.items()}
+    places = []
+    for question, prompt in zip(cell.questions()[part], prompts, strict=True):
+        spoken = {f"<{NAME}>": TABLES[cell.table].words(cell.target)} if not vectors else {}
+        things = [spoken.get(thing, thing) for thing in question.things]
+        words = [word_embedding(learned.get(thing) or backbone.token_vectors(thing)) for thing in things]
+        boxes = layout_predictor().predict(*words)
+        tokens = [phrase_positions(backbone, prompt, thing, sizes) for thing in things]
+        places.append([Placement(at, (box,)) for at, box in zip(tokens, boxes, strict=True)])
+    return places

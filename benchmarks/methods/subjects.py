@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
+from ...kernels.attention_loss import SubjectAttentionLoss
 from ...kernels.exemplars import Exemplar
 from ...kernels.layouts import Layout
+from ...kernels.losses import NullTextPrior
 from ...toyworld.render import render_with_mask
 from ...toyworld.vocabulary import HELD_OUT_SUBJECTS, NONE, draw_scene
 from .pictures import to_image
@@ -17,6 +20,10 @@ DISTRACTION = {"background": "on the beach", "object": "tree", "side": "left"}
 EXEMPLAR_ACTIONS = ("stands", "raises both arms", "squats", "salutes", "sits", "flexes")
 ACTIONS = ("raises one arm", "raises both arms", "kicks", "sits", "flexes", "salutes")
 PLACES = ("on grass", "at night", "in a room", "on white", "on gray", "in the snow")
+
+TAIL_ROWS = Layout("prompt", tokens=5, place="tail residual")
+PAIRS = Layout("prompt", stages=5, split_kv=True)
+PRIOR = (NullTextPrior(1e-4),)
 
 
 class Subjects:
@@ -31,6 +38,29 @@ class Subjects:
         Row("no training (the word it starts from)"),
         Row("Textual Inversion", Layout("prompt")),
         Row("Textual Inversion, masked loss", Layout("prompt"), use_masks=True),
+        Row("HiFi Tuner: tail rows", TAIL_ROWS),
+        Row("HiFi Tuner: + mask", TAIL_ROWS, use_masks=True),
+        Row("HiFi Tuner: + prior", TAIL_ROWS, use_masks=True, loss_terms=PRIOR, tuned_as="HiFi Tuner: + mask"),
+        Row(
+            "HiFi Tuner: + step-wise",
+            replace(TAIL_ROWS, stages=25),
+            use_masks=True,
+            loss_terms=PRIOR,
+            steps_each_stage=4,
+            tuned_as="HiFi Tuner: + mask",
+        ),
+        Row("Textual Inversion, one picture", Layout("prompt"), exemplars=1),
+        Row("SeFi-IDE, one picture, lambda 0", PAIRS, exemplars=1),
+        *(
+            Row(
+                f"SeFi-IDE, one picture, lambda {weight:g}",
+                PAIRS,
+                exemplars=1,
+                loss_terms=(SubjectAttentionLoss(weight),),
+                tuned_as="SeFi-IDE, one picture, lambda 0",
+            )
+            for weight in (0.003, 0.05)
+        ),
     )
 
     def init_word(self, target: str) -> str:

@@ -8,7 +8,10 @@ from typing import Protocol
 
 from ...kernels.exemplars import Exemplar
 from ...kernels.gradient_rules import GradientRule, PlainGradient
+from ...kernels.layout_guidance import LayoutGuidance
 from ...kernels.layouts import Layout
+from ...kernels.losses import LossTerm
+from ...kernels.weight_plan import WeightPlan
 
 # The concept's placeholder in prompts.
 NAME = "it"
@@ -18,9 +21,10 @@ NAME = "it"
 class Row:
     """One way to get the concept into the prompt.
 
-    layout, rule, steps, use_masks: as in training; layout None: nothing is learned, words stand in the prompt.
-    exemplars: how many pictures it learns from. tuned_as: the row whose learning rate it takes; its own when empty.
-    judged_by_words: the target is what those words say.
+    layout, rule, steps, use_masks, loss_terms, weights, steps_each_stage: as in training; layout None: nothing is
+    learned, words stand in the prompt. exemplars: how many pictures it learns from. tuned_as: the row whose learning
+    rate it takes; its own when empty. judged_by_words: the target is what those words say. guidance: of the layout,
+    while painting.
     """
 
     name: str
@@ -31,14 +35,22 @@ class Row:
     use_masks: bool = False
     tuned_as: str = ""
     judged_by_words: bool = False
+    loss_terms: tuple[LossTerm, ...] = ()
+    weights: WeightPlan | None = None
+    steps_each_stage: int = 0
+    guidance: LayoutGuidance | None = None
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with <it> in it, and the heads of the judge's reading that it asks for."""
+    """A prompt with <it> in it, and the heads of the judge's reading that it asks for.
+
+    things: the words of it that have a place of their own in a layout, from left to right.
+    """
 
     prompt: str
     wanted: Mapping[str, str]
+    things: tuple[str, ...] = ()
 
 
 class Table(Protocol):

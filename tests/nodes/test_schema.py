@@ -17,7 +17,11 @@ NODE_IDS = {
     "AtelierTriples",
     "AtelierTokenLayout",
     "AtelierGradientMask",
+    "AtelierAnchorLoss",
+    "AtelierNullTextPrior",
+    "AtelierSubjectAttentionLoss",
     "AtelierTrain",
+    "AtelierTrainWeights",
     "AtelierSaveConcept",
     "AtelierLoadConcept",
     "AtelierTextEncode",
@@ -25,6 +29,8 @@ NODE_IDS = {
     "AtelierGuidanceBranch",
     "AtelierGCFGGuider",
     "AtelierGCFG",
+    "AtelierLayoutGuidance",
+    "AtelierLayoutPredictor",
     "AtelierNullTextSurgery",
     "AtelierTrainNullText",
     "AtelierLoadConceptModel",
@@ -35,7 +41,12 @@ NODE_IDS = {
     "AtelierDetect",
     "AtelierDDIMInversion",
     "AtelierNullTextOptimize",
+    "AtelierReplaceSubject",
+    "AtelierPickReference",
+    "AtelierAlignReference",
+    "AtelierReferenceGuidance",
     "AtelierAttentionMaps",
+    "AtelierCompareGrid",
 }
 
 
