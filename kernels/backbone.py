@@ -153,7 +153,7 @@ class Backbone(Protocol):
         """eps_theta(x_t, t, context), for eps- and v-models alike.
 
         x_t: (B, C, h, w) VP latents; t: (B,) integer timesteps; context: of the same batch B. Returns (B, C, h, w).
-        Differentiable in x_t, in context.rows and in the weights of modules adapted from the outside (`linears`).
+        Differentiable in x_t, in context.rows and in the weights of modules adapted from the outside (`modules`).
         Equals the stock model bit for bit when every layer reads the same row.
         """
         ...
@@ -176,7 +176,11 @@ class Backbone(Protocol):
         ...
 
     def linears(self) -> Mapping[str, nn.Linear]:
-        """The attention projections of the U-Net by name, in a fixed order: where low-rank adapters hook in."""
+        """The attention projections of the U-Net by name, in a fixed order."""
+        ...
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """All modules of the U-Net that have weights, by LDM's names: where learned changes of weights hook in."""
         ...
 
     def fingerprint(self) -> str:

@@ -21,6 +21,7 @@ from .objective import Objective
 from .prompts import BLANK, PLACEHOLDER, fill_blank, parse_prompt
 from .run_state import RunState, run_fingerprint
 from .sampling import paint
+from .token_generator import FREE, FreeVectors, TokenGenerator
 from .training import TrainingSettings, train
 from .weight_plan import NO_WEIGHTS, AdaptedWeights, WeightPlan
 
@@ -91,6 +92,11 @@ class ConceptRun:
             raise ValueError(
                 "The gradient mask chooses channels of the concept's vectors and has no say over weights: disconnect "
                 "the gradient rule or the weights."
+            )
+        if self.layout.generated and (self.settings.steps_each_stage or not self.rule.moves_all):
+            raise ValueError(
+                "Generated vectors move together, so none of them can be held still: choose free vectors in Token "
+                "Layout, or set steps_each_stage to 0 and mask the gradient instead of the update."
             )
         for prompt in self.samples.prompts:
             parse_prompt(prompt.replace(BLANK, f"<{self.name}>"), [self.name])
@@ -163,6 +169,7 @@ class ConceptRun:
             state = self.initial_state(backbone, layout, adapted)
             state.save(state_file)
 
+        report.say(objective.describe(state.vectors, state.memory))
         paint_samples = self._painter(backbone, layout, adapted, state, report, samples_file)
         if state.step < self.total_steps and state.stopped_short_of < self.total_steps:
             state.stopped_short_of = 0
@@ -181,13 +188,29 @@ class ConceptRun:
             try:
                 data = encode_exemplars(backbone, self.exemplars, self.name)
                 train(
-                    backbone, data, self.name, layout, self.rule, self.settings, state, after_step, objective, adapted
+                    backbone,
+                    data,
+                    self.name,
+                    layout,
+                    self.rule,
+                    self.settings,
+                    state,
+                    after_step,
+                    objective,
+                    adapted,
+                    self._source(backbone, layout),
                 )
                 state.stopped_short_of = self.total_steps if state.step < self.total_steps else 0
             finally:
                 state.save(state_file)
         report.say(objective.describe(state.vectors, state.memory))
         return self._concept(backbone, state, adapted), state, paint_samples()
+
+    def _source(self, backbone: Backbone, layout: BoundLayout) -> FreeVectors | TokenGenerator:
+        if not self.layout.generated:
+            return FREE
+        words = {tower: v.expand(self.layout.tokens, -1) for tower, v in backbone.token_vectors(self.init_word).items()}
+        return TokenGenerator(words, layout.slots, self.settings.seed)
 
     def _painter(
         self,
@@ -229,6 +252,7 @@ class ConceptRun:
             "steps": str(state.step),
             **{key: str(value) for key, value in asdict(self.settings).items() if key != "steps"},
             **({"loss_terms": "; ".join(map(str, self.loss_terms))} if self.loss_terms else {}),
+            **({"weights": str(self.weights)} if self.weights else {}),
         }
         vectors = {tower: v.detach().cpu().clone() for tower, v in state.vectors.items()}
         layers, weights = tuple(backbone.layers), adapted.patches(state.weights)

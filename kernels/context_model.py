@@ -12,7 +12,7 @@ is bound to the pose of the exemplar and every such word still means what the ba
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .backbone import Backbone, TextContext
 from .exemplars import Exemplar
-from .lora import LowRank
 from .prompts import BLANK, Prompt
 from .sampling import paint
+from .weight_plan import ATTENTION, AdaptedWeights, WeightPlan
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,11 @@ def learn_context(
     exemplar: Exemplar,
     settings: ContextSettings,
     on_step: Callable[[int], None] = lambda step: None,
-) -> LowRank:
-    """Fit a LowRank to one exemplar: || eps - eps_theta(x_t, t, caption without blank) ||^2.
+) -> tuple[AdaptedWeights, Mapping[str, Tensor]]:
+    """Fit a low-rank change to one exemplar: || eps - eps_theta(x_t, t, caption without blank) ||^2.
 
     on_step: called with the number of finished steps, may raise to cancel. Gradients must be possible.
+    Returns where the change goes and the change itself.
     Raises ValueError when the loss or a gradient is not finite.
     """
     x_0 = backbone.encode_image(exemplar.image[None].to(backbone.device))
@@ -73,10 +74,11 @@ def learn_context(
     with torch.no_grad():
         encoding = backbone.encode_text(Prompt((text,) if text else ()), {})
     context = TextContext.plain(encoding.hidden, backbone.layers, encoding.pooled)
-    low_rank = LowRank(backbone.linears(), settings.rank, settings.seed, backbone.device)
-    optimizer = torch.optim.AdamW(low_rank.parameters(), lr=settings.learning_rate)
+    adapted = WeightPlan(ATTENTION, settings.rank, settings.learning_rate).bind(backbone)
+    weights = {name: weight.requires_grad_() for name, weight in adapted.start(settings.seed).items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(settings.seed)
-    with low_rank.applied():
+    with adapted.applied(weights):
         for step in range(settings.steps):
             t = torch.randint(len(backbone.schedule), (1,), generator=generator).to(backbone.device)
             eps = torch.randn(x_0.shape, generator=generator).to(backbone.device)
@@ -84,16 +86,16 @@ def learn_context(
             loss = F.mse_loss(backbone.predict_noise(x_t, t, context), eps)
             optimizer.zero_grad()
             (loss * backbone.gradient_scale).backward()
-            for weight in low_rank.parameters():
+            for weight in weights.values():
                 weight.grad /= backbone.gradient_scale
-            if not torch.stack([weight.grad.isfinite().all() for weight in low_rank.parameters()]).all():
+            if not torch.stack([weight.grad.isfinite().all() for weight in weights.values()]).all():
                 raise ValueError(
                     f"The context model's gradient is not finite at step {step + 1}: lower the context learning rate, "
                     "or load the checkpoint in bf16 or fp32 if it runs in fp16."
                 )
             optimizer.step()
             on_step(step + 1)
-    return low_rank
+    return adapted, weights
 
 
 def paint_other_actions(
@@ -108,10 +110,10 @@ def paint_other_actions(
     on_step: called with the number of finished steps out of settings.total_steps(len(actions)), may raise to cancel;
     the model is left as it was then, too.
     """
-    low_rank = learn_context(backbone, exemplar, settings, on_step)
+    adapted, weights = learn_context(backbone, exemplar, settings, on_step)
     height, width = exemplar.image.shape[:2]
     pictures = []
-    with low_rank.applied():
+    with adapted.applied(weights):
         for number, action in enumerate(actions):
             prompt = Prompt((fill_with_action(exemplar.caption, action),))
             done = settings.total_steps(number)

@@ -15,6 +15,7 @@ from .attention_recording import Recording
 from .backbone import HALF_PRECISION_SCALE, AttentionMaps, Layer, TextContext, TextEncoding
 from .clip_text import Tower, learned_rows, pieces, tokenise, whole_words
 from .diffusers_attention import LayerAttention, ldm_name, transformer_blocks
+from .ldm_names import ldm_modules
 from .prompts import Prompt
 from .run_state import weights_fingerprint
 from .schedule import NoiseSchedule
@@ -242,3 +243,7 @@ class DiffusersBackbone:
             for attention in ("attn1", "attn2")
             for projection in ("to_q", "to_k", "to_v", "to_out.0")
         }
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """See Backbone."""
+        return dict(ldm_modules(self.unet))

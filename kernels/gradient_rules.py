@@ -34,10 +34,14 @@ class Update:
 
 
 class GradientRule(Protocol):
-    """A rule draws the pictures of each role and combines their gradients."""
+    """A rule draws the pictures of each role and combines their gradients.
+
+    moves_all: whether every number of the vectors may move in every step.
+    """
 
     share_noise: bool
     share_timestep: bool
+    moves_all: bool
 
     def check(self, exemplars: Sequence[Exemplar]) -> None:
         """Raise ValueError with a sentence when the rule cannot work with these exemplars."""
@@ -58,6 +62,7 @@ class PlainGradient:
 
     share_noise: bool = True
     share_timestep: bool = True
+    moves_all = True
 
     def check(self, exemplars: Sequence[Exemplar]) -> None:
         """Any exemplars will do."""
@@ -87,6 +92,11 @@ class MaskedTriples:
     def share_timestep(self) -> bool:
         """Whether the three pictures get the same timestep."""
         return self.mask.share_timestep
+
+    @property
+    def moves_all(self) -> bool:
+        """Not where the update itself is masked."""
+        return self.mask.target != "update"
 
     def check(self, exemplars: Sequence[Exemplar]) -> None:
         """Triples need a second exemplar and, for each, pictures of other actions."""

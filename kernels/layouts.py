@@ -28,6 +28,8 @@ class Layout:
     reads as the words the concept starts from, and the last `tokens` rows of the text encoder's output change: the
     vectors, kept as c_s - phi_s, are added to the prompt's own rows or to those of the empty prompt phi_s (HiFi Tuner
     3.2; the paper replaces. METHODS 4.7: only with the residual is an unlearned concept exactly the plain prompt).
+    generated: while learning, the vectors are made by a small network that learns in their place (ProSpect, SeFi-IDE;
+    see token_generator).
     Raises ValueError for values outside these.
     """
 
@@ -36,6 +38,7 @@ class Layout:
     stages: int = 1
     split_kv: bool = False
     place: str = "word"
+    generated: bool = False
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -44,6 +47,8 @@ class Layout:
             raise ValueError("A layout needs at least one token and one stage.")
         if self.place not in PLACES:
             raise ValueError(f"The place of a layout is one of {PLACES}, not {self.place!r}.")
+        if self.generated and self.place != "word":
+            raise ValueError("Only words are generated: choose free vectors for tail rows, or another place.")
 
     def bind(self, layers: Sequence[Layer], words: str = "") -> BoundLayout:
         """The slot table of this layout on a model with these cross-attention layers.

@@ -1,58 +1,56 @@
-"""Low-rank additions to frozen linear layers (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
+"""Low-rank additions to frozen linear layers (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+W x + B A x with A (r, in) and B (out, r); the weights W are never touched. In LoRA's terms alpha = r: the scale is 1.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# What LoRA files call A and B of a layer.
+DOWN, UP = "lora_down.weight", "lora_up.weight"
 
-class LowRank:
-    """W x + B A x for every given layer W, with A (r, in) and B (out, r) of its own; the weights W are never touched.
 
-    B starts at zero, so that a new LowRank changes nothing. In LoRA's terms alpha = r: the scale is 1.
+def start_low_rank(linears: Mapping[str, nn.Linear], rank: int, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Additions that add nothing yet, because B = 0: {"name.lora_down.weight": A, "name.lora_up.weight": B}, float32.
+
+    rank: r, cut to what a layer can hold. seed: of A's Gaussian start. device: where A and B live.
     """
+    generator = torch.Generator().manual_seed(seed)
+    additions = {}
+    for name, linear in linears.items():
+        r = min(rank, linear.in_features, linear.out_features)
+        start = torch.randn(r, linear.in_features, generator=generator) * linear.in_features**-0.5
+        additions[f"{name}.{DOWN}"] = start.to(device)
+        additions[f"{name}.{UP}"] = torch.zeros(linear.out_features, r, device=device)
+    return additions
 
-    def __init__(self, linears: Mapping[str, nn.Linear], rank: int, seed: int, device: torch.device) -> None:
-        """linears: layers by name, as Backbone.linears() gives them. rank: r, cut to what a layer can hold.
 
-        seed: of A's Gaussian start. device: where A and B live, in float32.
-        Raises ValueError for a rank below 1, and when there is no layer.
-        """
-        if rank < 1:
-            raise ValueError(f"The rank of a low-rank addition is at least 1, not {rank}.")
-        if not linears:
-            raise ValueError("The model names no linear layers to adapt: use a U-Net model (SD1.x, SD2.x, SDXL).")
-        self.linears = dict(linears)
-        generator = torch.Generator().manual_seed(seed)
-        self.down: dict[str, Tensor] = {}
-        self.up: dict[str, Tensor] = {}
-        for name, linear in self.linears.items():
-            r = min(rank, linear.in_features, linear.out_features)
-            start = torch.randn(r, linear.in_features, generator=generator) * linear.in_features**-0.5
-            self.down[name] = start.to(device).requires_grad_()
-            self.up[name] = torch.zeros(linear.out_features, r, device=device).requires_grad_()
+@contextmanager
+def low_rank_added(linears: Mapping[str, nn.Linear], additions: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, layers that have an addition give W x + B A x, differentiable in A and B; then all is as before.
 
-    def parameters(self) -> list[Tensor]:
-        """All A and B, in the order of the layers."""
-        return [tensor for name in self.linears for tensor in (self.down[name], self.up[name])]
+    additions: as from `start_low_rank`; those of other names are left out.
+    """
+    hooks = [
+        linear.register_forward_hook(_adding(additions[f"{name}.{DOWN}"], additions[f"{name}.{UP}"]))
+        for name, linear in linears.items()
+        if f"{name}.{UP}" in additions
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """While open, the layers give W x + B A x, differentiable in A and B; afterwards they are as before."""
-        handles = [linear.register_forward_hook(self._adding(name)) for name, linear in self.linears.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _adding(self, name: str):
-        def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-            x = inputs[0].to(self.down[name].dtype)
-            return output + F.linear(F.linear(x, self.down[name]), self.up[name]).to(output.dtype)
+def _adding(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+    def add(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output + F.linear(F.linear(inputs[0].to(down.dtype), down), up).to(output.dtype)
 
-        return add
+    return add

@@ -22,8 +22,9 @@ UNLOADED = ("text_projection.weight", "logit_scale")
 class RunState:
     """Vectors, weights, optimiser and history after `step` finished steps.
 
-    vectors: {tower: (S, n, width)} leaf tensors. weights: leaf tensors of the U-Net that learn along, mostly none.
-    moments: AdamW's state by tower or name of a weight, empty before the first step. memory: what loss terms keep.
+    vectors: {tower: (S, n, width)} leaf tensors. weights: leaf tensors of the U-Net that learn along, and generator:
+    those that the vectors are made from; mostly none. moments: AdamW's state by tower or name of a weight, empty before
+    the first step. memory: what loss terms keep.
     stopped_short_of: the number of steps the run was to have when the artist ended it early and kept it; 0 otherwise.
     losses: one a step. stats: {name: one value a step}. Random numbers need no state (`training.step_generator`).
     """
@@ -36,6 +37,7 @@ class RunState:
     stats: dict[str, list[float]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    generator: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, vectors: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> RunState:
@@ -49,8 +51,8 @@ class RunState:
         self, learning_rate: float, weight_decay: float, weights_learning_rate: float = 0.0
     ) -> torch.optim.AdamW:
         """AdamW over vectors and weights, where this state left it."""
-        rates = [learning_rate] * len(self.vectors) + [weights_learning_rate] * len(self.weights)
         leaves = self._leaves()
+        rates = [weights_learning_rate if name in self.weights else learning_rate for name in leaves]
         groups = [{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves.values(), rates, strict=True)]
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
         if self.moments:
@@ -60,7 +62,7 @@ class RunState:
         return optimizer
 
     def _leaves(self) -> dict[str, Tensor]:
-        return {**self.vectors, **self.weights}
+        return {**self.vectors, **self.weights, **self.generator}
 
     def finish_step(self, loss: float, stats: Mapping[str, float], optimizer: torch.optim.AdamW) -> None:
         """Record one finished step."""
@@ -75,6 +77,7 @@ class RunState:
         tensors = {f"vectors.{tower}": v for tower, v in self.vectors.items()}
         tensors |= {f"weights.{name}": weight for name, weight in self.weights.items()}
         tensors |= {f"memory.{name}": kept for name, kept in self.memory.items()}
+        tensors |= {f"generator.{name}": weight for name, weight in self.generator.items()}
         for name, moments in self.moments.items():
             tensors |= {f"moments.{name}.{key}": value for key, value in moments.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
@@ -98,7 +101,7 @@ class RunState:
             moments.setdefault(name, {})[moment] = value if moment == "step" else value.to(device)
         leaves = [
             {name: v.to(device).requires_grad_() for name, v in parts.get(part, {}).items()}
-            for part in ("vectors", "weights")
+            for part in ("vectors", "weights", "generator")
         ]
         return cls(
             leaves[0],
@@ -109,6 +112,7 @@ class RunState:
             {name: v.tolist() for name, v in parts.get("stats", {}).items()},
             leaves[1],
             {name: kept.to(device) for name, kept in parts.get("memory", {}).items()},
+            leaves[2],
         )
 
 

@@ -27,6 +27,7 @@ from .losses import Prediction
 from .objective import DENOISING, Objective, SampleLosses
 from .prompts import Prompt
 from .run_state import RunState
+from .token_generator import FREE, FreeVectors, TokenGenerator
 from .weight_plan import NO_WEIGHTS, AdaptedWeights
 
 
@@ -37,8 +38,7 @@ class TrainingSettings:
     steps: those of all timesteps together; raising it continues a run. learning_rate, weight_decay: of AdamW.
     batch_size: anchors a step. timestep_sampling: "uniform" over 0..T-1, or "early (ReVersion)", which prefers noisy
     timesteps. use_masks: mean the loss over the exemplars' masks. steps_each_stage: when not 0, the layout's stages
-    learn as one for `steps`, then each by itself for so many more (HiFi Tuner, Algorithm 1: 10). weights_learning_rate:
-    of weights that learn along.
+    learn as one for `steps`, then each by itself for so many more (HiFi Tuner, Algorithm 1: 10).
     """
 
     steps: int = 3000
@@ -49,7 +49,6 @@ class TrainingSettings:
     timestep_sampling: str = "uniform"
     use_masks: bool = True
     steps_each_stage: int = 0
-    weights_learning_rate: float = 0.0
 
     def total_steps(self, layout: Layout) -> int:
         """Steps of the whole run: those of all stages together, then those of each by itself."""
@@ -131,16 +130,19 @@ def train(
     after_step: Callable[[RunState], bool],
     objective: Objective = DENOISING,
     adapted: AdaptedWeights = NO_WEIGHTS,
+    source: FreeVectors | TokenGenerator = FREE,
 ) -> None:
     """Train `state.vectors` and `state.weights` in place from `state.step` to the last of the settings' steps.
 
     The base weights are left alone. after_step: sees the state after each step; returns True to stop early; may raise
-    to cancel. adapted: where `state.weights` go. Whenever this function is left, by whichever way, `state` is that of
-    the last finished step, so a run resumed from it equals one never interrupted, bit for bit.
+    to cancel. adapted: where `state.weights` go. source: what the vectors come from, themselves or a network. Whenever
+    this function is left, by whichever way, `state` is that of the last finished step, so a run resumed from it equals
+    one never interrupted, bit for bit.
 
     Raises ValueError when the loss or a gradient is not finite.
     """
-    optimizer = state.make_optimizer(settings.learning_rate, settings.weight_decay, settings.weights_learning_rate)
+    source.attach(state)
+    optimizer = state.make_optimizer(settings.learning_rate, settings.weight_decay, adapted.learning_rate)
     schedule_length, count = len(backbone.schedule), len(data.prompts)
     course = settings.course(layout, schedule_length)
     while state.step < settings.total_steps(layout.layout):
@@ -183,7 +185,9 @@ def train(
         check_finite([losses.total, *gradients.values(), *(leaf.grad for leaf in leaves)], state.step)
 
         before = {tower: v.detach().clone() for tower, v in state.vectors.items()}
+        source.pull_back(state)
         optimizer.step()
+        source.put(state)
         with torch.no_grad():
             for tower, v in state.vectors.items():
                 for movable in (updates[tower].movable, course.movable(state.step, v)):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...kernels.attention_recording import Recording
 from ...kernels.backbone import HALF_PRECISION_SCALE, AttentionMaps, Layer, TextContext, TextEncoding
+from ...kernels.ldm_names import has_weights
 from ...kernels.prompts import Prompt
 from ...kernels.run_state import weights_fingerprint
 from ...kernels.schedule import NoiseSchedule
@@ -249,6 +250,11 @@ class NativeBackbone:
             for name, module in self.model.model.diffusion_model.named_modules()
             if name.endswith(tuple(f".{attention}.{p}" for attention in ("attn1", "attn2") for p in PROJECTIONS))
         }
+
+    def modules(self) -> dict[str, nn.Module]:
+        """See `Backbone.modules`."""
+        network = self.model.model.diffusion_model
+        return {name: module for name, module in network.named_modules() if has_weights(module)}
 
 
 class _AttentionRecorder:

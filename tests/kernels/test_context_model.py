@@ -61,9 +61,9 @@ def test_actions_are_used_in_turn():
 def test_it_learns_its_exemplar(backbone, exemplar):
     caption = "a panda on grass"
     before = denoising_errors(backbone, exemplar, caption)
-    low_rank = learn_context(backbone, exemplar, ContextSettings(steps=60, learning_rate=1e-2))
+    adapted, weights = learn_context(backbone, exemplar, ContextSettings(steps=60, learning_rate=1e-2))
     assert denoising_errors(backbone, exemplar, caption) == before
-    with low_rank.applied():
+    with adapted.applied(weights):
         assert denoising_errors(backbone, exemplar, caption) < 0.96 * before
 
 

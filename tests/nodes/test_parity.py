@@ -174,6 +174,15 @@ def test_token_vectors(pair: Pair) -> None:
         assert torch.equal(native[tower], diffusers[tower])
 
 
+def test_word_tables(pair: Pair) -> None:
+    for tower, width in pair.native.towers.items():
+        (words, table), (words_, table_) = (b.word_table(tower) for b in pair)
+        assert words == words_ and table.shape == (len(words), width) and torch.equal(table, table_)
+        assert "cat" in words and all(word.isalpha() and word.isascii() for word in words)
+        at = words.index("cat")
+        assert torch.equal(table[at], pair.native.token_vectors("cat")[tower][0])
+
+
 def test_eps_maps_and_gradients(pair: Pair) -> None:
     """Every layer has contexts of its own, K and V apart, made from token vectors by each backbone's text encoder."""
     results = []
@@ -201,6 +210,36 @@ def test_eps_maps_and_gradients(pair: Pair) -> None:
         assert relative(maps[layer], maps_[layer]) < TOLERANCE, layer
     for ours, theirs in zip((*on_eps, *on_maps), (*on_eps_, *on_maps_), strict=True):
         assert relative(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("detach_query", [True, False])
+def test_attention_under_a_reference_and_its_gradients(pair: Pair, detach_query: bool) -> None:
+    """The maps that the same queries have with the keys of another context, small maps alone."""
+    results = []
+    for backbone in pair:
+        x_t, t = inputs(backbone)
+        x_t.requires_grad_()
+        vectors = new_vectors(pair.diffusers)
+        context = contexts(backbone, backbone.encode_text, vectors)
+        reference = contexts(backbone, backbone.encode_text, {tower: 1.2 * v.flip(0) for tower, v in vectors.items()})
+        largest = 24 if backbone.family == "sdxl" else 96  # leaves out the finest layers: 8 x 12, else 16 x 24
+        with backbone.attention(backbone.layers, range(1, 7), reference, detach_query, largest) as recorded:
+            eps = backbone.predict_noise(x_t, t, context)
+        assert torch.equal(eps, backbone.predict_noise(x_t, t, context))
+        small = [layer for layer, maps in recorded.maps.items() if maps]
+        maps = {layer: (recorded.maps[layer][0], recorded.reference[layer][0]) for layer in small}
+        loss = sum((a_t - a_r).square().sum() for a_t, a_r in maps.values())
+        gradients = torch.autograd.grad(loss, [*vectors.values(), x_t], allow_unused=True, materialize_grads=True)
+        results.append((maps, gradients))
+    (maps, gradients), (maps_, gradients_) = results
+    assert list(maps) == list(maps_) and 0 < len(maps) < len(pair.native.layers)
+    for layer in maps:
+        for ours, theirs in zip(maps[layer], maps_[layer]):
+            assert ours.shape[2] <= largest
+            assert relative(ours, theirs) < TOLERANCE, layer
+    for ours, theirs in zip(gradients, gradients_, strict=True):
+        assert relative(ours, theirs) < TOLERANCE if theirs.any() else not ours.any()
+    assert bool(gradients[-1].any()) != detach_query  # of the latents
 
 
 def test_pictures_of_the_toy_model(both: Callable[[str], tuple]) -> None:
