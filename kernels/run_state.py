@@ -70,7 +70,7 @@ class RunState:
         self.losses.append(loss)
         for key, value in stats.items():
             self.stats.setdefault(key, []).append(value)
-        self.moments = {name: optimizer.state[leaf] for name, leaf in self._leaves().items()}
+        self.moments = {name: optimizer.state[v] for name, v in self._leaves().items() if v in optimizer.state}
 
     def save(self, path: Path) -> None:
         """Write the state to `path`. Raises ValueError naming the folder when it cannot be written."""
