@@ -48,16 +48,16 @@ def differentiable(model: ModelPatcher, clip: comfy.sd.CLIP) -> Iterator[tuple[M
 
 
 @contextmanager
-def differentiable_model(model: ModelPatcher) -> Iterator[ModelPatcher]:
+def differentiable_model(model: ModelPatcher, beside: Sequence[ModelPatcher] = ()) -> Iterator[ModelPatcher]:
     """As `differentiable`, where there is nothing to differentiate but MODEL; yields the one to use.
 
     For ComfyUI's own sampling, which loads what a conditioning brings along: run that in inference mode again and let
-    the sampler inside leave it.
+    the sampler inside leave it. Opened inside of a sampler, name in `beside` what it has loaded, which is to stay.
     """
     refuse_quantised(model.model, "MODEL")
     with torch.inference_mode(False):
         model = _whole_model(model)
-        load_for_gradients([model])
+        load_for_gradients([model, *beside])
         with frozen(model.model):
             yield model
 

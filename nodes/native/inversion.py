@@ -68,7 +68,7 @@ def invert_latent(
 
     Raises ValueError for a MODEL, conditioning or latents that cannot be inverted.
     """
-    _check(model, conditioning)
+    check_invertible(model, conditioning)
     if not latent.any():
         raise ValueError(EMPTY_LATENT)
     channels = model.model.latent_format.latent_channels
@@ -79,7 +79,7 @@ def invert_latent(
         )
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     sampler = _InversionSampler(iterations, comfy.utils.ProgressBar(2 * (len(sigmas) - 1)))
-    guider = _InversionGuider(model, positive=conditioning)
+    guider = InversionGuider(model, positive=conditioning)
     noise = guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, disable_pbar=True)
     trajectory = Trajectory(sampler.latents.cpu(), abar_of(sigmas), model_fingerprint(model))
     device = comfy.model_management.intermediate_device()
@@ -99,7 +99,7 @@ def null_text_conditioning(
     """
     settings.check()
     for name, given in (("conditioning", conditioning), ("unconditional", unconditional)):
-        _check(model, given, name)
+        check_invertible(model, given, name)
     more = [] if len(unconditional) == 1 else [f"{len(unconditional)} prompts"]
     more += sorted(key for _, values in unconditional for key in values.keys() - PLAIN)
     if more:
@@ -111,7 +111,7 @@ def null_text_conditioning(
 
     sampler = _NullTextSampler(trajectory, settings, comfy.utils.ProgressBar(trajectory.steps))
     with differentiable_model(model) as whole, torch.inference_mode():
-        guider = _InversionGuider(whole, positive=conditioning, negative=unconditional)
+        guider = InversionGuider(whole, positive=conditioning, negative=unconditional)
         empty = torch.zeros_like(trajectory.latents[0])
         guider.sample(empty, empty, sampler, sigmas, disable_pbar=True)
 
@@ -122,7 +122,7 @@ def null_text_conditioning(
     return [[context, {**carried, **values}]], sampler.result
 
 
-def _check(model: ModelPatcher, conditioning: Conditioning, name: str = "conditioning") -> None:
+def check_invertible(model: ModelPatcher, conditioning: Conditioning, name: str = "conditioning") -> None:
     """Raise ValueError unless the MODEL can be inverted and the conditioning is for it."""
     model_family(model)
     if any(model.model_options.get(function) for function in (POST_CFG, *REPLACE_CFG)):
@@ -161,7 +161,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(value.weights)
 
 
-class _InversionGuider(comfy.samplers.CFGGuider):
+class InversionGuider(comfy.samplers.CFGGuider):
     """ComfyUI's guider at cfg 1, with the prompts by their names."""
 
     def __init__(self, model: ModelPatcher, **conditionings: Conditioning) -> None:
@@ -169,7 +169,7 @@ class _InversionGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds(conditionings)
 
 
-def _predictions(denoise: Callable[[Tensor, Tensor], Tensor], sigmas: Tensor) -> PredictNoise:
+def predictions(denoise: Callable[[Tensor, Tensor], Tensor], sigmas: Tensor) -> PredictNoise:
     """eps of VP latents out of clean latents denoise(x, sigma (B,)) of ComfyUI's."""
 
     def predict(x: Tensor, i: int) -> Tensor:
@@ -190,7 +190,7 @@ class _InversionSampler(comfy.samplers.Sampler):
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
         latent_image: Tensor, *_: Any,
     ) -> Tensor:  # fmt: skip
-        predict = _predictions(lambda x, sigma: model_wrap(x, sigma, **extra_args), sigmas)
+        predict = predictions(lambda x, sigma: model_wrap(x, sigma, **extra_args), sigmas)
         abar, steps = abar_of(sigmas), len(sigmas) - 1
         self.latents = invert(predict, abar, latent_image, self.iterations, self.bar.update_absolute)
         x_0 = reconstruct(predict, abar, self.latents[0], lambda step: self.bar.update_absolute(steps + step))
@@ -220,13 +220,13 @@ class _NullTextSampler(comfy.samplers.Sampler):
         def unconditional(x: Tensor, i: int, phi: Tensor) -> Tensor:
             model_conds = {**negative["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(phi)}
             cond = {**negative, "model_conds": model_conds, "uuid": uuid.uuid4()}
-            return _predictions(lambda x, sigma: clean([cond], x, sigma), levels)(x, i)
+            return predictions(lambda x, sigma: clean([cond], x, sigma), levels)(x, i)
 
         with torch.inference_mode(False):
             leave_inference(base)  # ComfyUI may have loaded something else meanwhile, and moved it
             levels = sigmas.clone()
             self.result = optimise_null_text(
-                _predictions(lambda x, sigma: clean(positive, x, sigma), levels),
+                predictions(lambda x, sigma: clean(positive, x, sigma), levels),
                 unconditional,
                 replace(self.trajectory, latents=self.trajectory.latents.clone()),
                 negative["model_conds"]["c_crossattn"].cond.to(levels.device, torch.float32, copy=True),
