@@ -12,20 +12,28 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .nodes import (
+        anchor_loss,
         apply,
         attention,
+        attention_loss,
+        compare,
         data,
         files,
         gradient,
         guidance,
         inversion,
+        layout_guidance,
         masks,
         nulltext,
+        prior,
+        reference,
+        replacement,
         tokens,
         toy,
         train,
         train_nulltext,
         triples,
+        weights,
     )
     from .nodes.native import live
 
@@ -39,15 +47,23 @@ async def comfy_entrypoint():
                 triples,
                 tokens,
                 gradient,
+                anchor_loss,
+                attention_loss,
+                prior,
+                weights,
                 train,
                 files,
                 apply,
                 guidance,
+                layout_guidance,
                 nulltext,
                 train_nulltext,
                 masks,
                 inversion,
+                replacement,
+                reference,
                 attention,
+                compare,
                 toy,
             )
             return [node for module in modules for node in module.NODES]

@@ -1,6 +1,7 @@
 """Speed of ADI training against a plain implementation: python -m concept_atelier.benchmarks.speed adi [--quick]
 
-`gcfg` in place of `adi` measures guidance: see speed_gcfg.py.
+`gcfg` in place of `adi` measures guidance: see speed_gcfg.py. `layout` measures layout guidance: see speed_layout.py.
+`reference` measures reference guidance: see speed_reference.py.
 
 Both sides make the same updates from the same random weights, pictures, timesteps and noise, each in a process of its
 own, turn by turn, so that a busy machine slows both. Neither encodes pictures: the latents are given.
@@ -38,7 +39,7 @@ from ..kernels.schedule import NoiseSchedule
 from ..kernels.training import TrainingSettings, draw_anchors, step_generator, train
 from ..toyworld.autoencoder import PATCH
 from ..toyworld.model import ToyModel, load_toy
-from . import speed_gcfg
+from . import speed_gcfg, speed_layout, speed_reference
 from .plain_adi import PlainADI
 
 TARGET = 0.65
@@ -248,11 +249,17 @@ def adi_tasks(quick: bool, device: str) -> list[Task]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m concept_atelier.benchmarks.speed", description=__doc__)
-    parser.add_argument("method", choices=["adi", "gcfg"], help="the method to measure")
+    parser.add_argument("method", choices=["adi", "gcfg", "layout", "reference"], help="the method to measure")
     parser.add_argument("--quick", action="store_true", help="fewer steps and, on a CPU, smaller latents")
     options = parser.parse_args(arguments)
     if options.method == "gcfg":
         speed_gcfg.run(options.quick)
+        return
+    if options.method == "layout":
+        speed_layout.run(options.quick)
+        return
+    if options.method == "reference":
+        speed_reference.run(options.quick)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and sys.platform != "linux":

@@ -16,6 +16,8 @@ from .layouts import BoundLayout
 from .prompts import Prompt
 from .schedule import NoiseSchedule
 
+BeforeStep = Callable[[Tensor, int, int], Tensor]  # (x_t, t, step) -> x_t
+
 
 def ddim_sample(
     schedule: NoiseSchedule,
@@ -24,17 +26,20 @@ def ddim_sample(
     steps: int,
     eta: float = 0.0,
     callback: Callable[[int], None] = lambda step: None,
+    before_step: BeforeStep = lambda x_t, t, step: x_t,
 ) -> Tensor:
     """DDIM (Song et al. 2021).
 
     predict_noise: (x_t (B, C, h, w), t) -> eps with whatever guidance. draw_noise: gives noise (B, C, h, w), to start
     from and, with eta > 0, to add at each step. eta: 0 is deterministic, 1 is DDPM. callback: called with the number
-    of finished steps, may raise to cancel. Returns clean latents (B, C, h, w).
+    of finished steps, may raise to cancel. before_step: changes x_t before step number `step` predicts. Returns clean
+    latents (B, C, h, w).
     """
     timesteps = schedule.sampling_timesteps(steps)
     x_t = draw_noise()
     with torch.no_grad():
         for i, t in enumerate(timesteps):
+            x_t = before_step(x_t, t, i)
             eps = predict_noise(x_t, t)
             t_next = timesteps[i + 1] if i + 1 < steps else -1
             x_t = schedule.ddim_step(x_t, eps, t, t_next, eta, draw_noise() if eta else None)
@@ -82,11 +87,13 @@ def paint(
     cfg: float,
     eta: float = 0.0,
     callback: Callable[[int], None] = lambda step: None,
+    guide: Callable[[StagedContext], BeforeStep] | None = None,
 ) -> Tensor:
     """One picture for each prompt, with its seed, in one batch: (len(prompts), H, W, 3) in 0..1.
 
     prompts: all with the same concepts. vectors, layouts: as for `encode_prompt`. size: (H, W) in pixels. steps, eta,
-    callback: as for `ddim_sample`. cfg: as for `classifier_free`.
+    callback: as for `ddim_sample`. cfg: as for `classifier_free`. guide: from the contexts of the batch to the
+    `before_step` of `ddim_sample` (layout_guidance.guide_layout).
     """
     with torch.no_grad():
         context = StagedContext.cat(
@@ -99,4 +106,6 @@ def paint(
         unconditional = TextContext.plain(empty.hidden, backbone.layers, empty.pooled).repeat(len(prompts))
         draw_noise = noise_source(backbone, seeds, size)
         predict_noise = classifier_free(backbone, context, unconditional, cfg)
-        return backbone.decode_latent(ddim_sample(backbone.schedule, predict_noise, draw_noise, steps, eta, callback))
+        hooks = {} if guide is None else {"before_step": guide(context)}
+        x_0 = ddim_sample(backbone.schedule, predict_noise, draw_noise, steps, eta, callback, **hooks)
+        return backbone.decode_latent(x_0)

@@ -11,6 +11,7 @@ UNET = "unet.safetensors"
 TEXT_ENCODER = "text_encoder.safetensors"
 AUTOENCODER = "autoencoder.safetensors"
 JUDGE = "judge.safetensors"
+LAYOUT_PREDICTOR = "layout/predictor.safetensors"
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:

@@ -259,5 +259,6 @@ def _places(cell: Cell, prompts: list[Prompt], vectors: dict, part: slice) -> li
         words = [word_embedding(learned.get(thing) or backbone.token_vectors(thing)) for thing in things]
         boxes = layout_predictor().predict(*words)
         tokens = [phrase_positions(backbone, prompt, thing, sizes) for thing in things]
-        places.append([Placement(at, (box,)) for at, box in zip(tokens, boxes, strict=True)])
+        both = [Placement(at, (box,)) for at, box in zip(tokens, boxes, strict=True)]
+        places.append(both[: cell.way.guided])
     return places

@@ -63,6 +63,13 @@ class Compositions:
         ),
         Row("Textual Inversion, + layout", Layout("prompt"), guidance=LayoutGuidance(), tuned_as=TI),
         Row(
+            "Textual Inversion, + layout of the concept alone",
+            Layout("prompt"),
+            guidance=LayoutGuidance(),
+            guided=1,
+            tuned_as=TI,
+        ),
+        Row(
             "Textual Inversion, + both",
             Layout("prompt"),
             loss_terms=anchors(PAPER_LAMBDA),

@@ -24,7 +24,7 @@ class Row:
     layout, rule, steps, use_masks, loss_terms, weights, steps_each_stage: as in training; layout None: nothing is
     learned, words stand in the prompt. exemplars: how many pictures it learns from. tuned_as: the row whose learning
     rate it takes; its own when empty. judged_by_words: the target is what those words say. guidance: of the layout,
-    while painting.
+    while painting; guided: how many of a question's things get a box.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Row:
     weights: WeightPlan | None = None
     steps_each_stage: int = 0
     guidance: LayoutGuidance | None = None
+    guided: int = 2
 
 
 @dataclass(frozen=True)

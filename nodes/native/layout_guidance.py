@@ -1,0 +1,250 @@
+"""Layout guidance inside ComfyUI's own sampling, whichever sampler drives it.
+
+A sampler hands its x to the model at every step. The wrapper that it meets first moves this x in place, so that what
+the sampler goes on with has moved too; the prediction itself is left to whoever comes next. The guidance's own forward
+pass ends with an exception right after the last attention map it needs: in SD1.x, nearly half of a forward is saved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...kernels.attention_recording import Recording
+from ...kernels.backbone import HALF_PRECISION_SCALE, Layer
+from ...kernels.layout_guidance import Box, LayoutGuidance, Placement, guidance_layers, layout_loss, move_latents
+from .attention_maps import find_words, fold
+from .backbone import cross_attention_layers, model_family
+from .gradients import attention_with_backward, differentiable_model, leave_inference
+from .patches import ATTENTION, layer_of_call, watch_cross_attention
+from .payload import WORDS, Conditioning
+
+KEY = "concept_atelier_layout"
+PHRASE_WORD = re.compile(r"<[^<>]+>|[^\W\d_]+|\d|[^\s\w]+|_+")  # as CLIP cuts words
+
+AREA = (
+    "The positive conditioning is limited to an area, and its attention does not cover the picture: limit it with "
+    "'Conditioning (Set Mask)' without set_cond_area instead, or leave it to the boxes of Layout Guidance."
+)
+HOOKS = (
+    "The positive conditioning carries a LoRA or model hook, through which Layout Guidance has no gradients: put the "
+    "LoRA on the MODEL instead."
+)
+MASKED_LATENT = (
+    "The latent has a noise mask (inpainting), and Layout Guidance moves the whole picture: use it without a mask, or "
+    "inpaint with the MODEL from before Layout Guidance."
+)
+OTHER_PROMPT = (
+    "No conditioning of this sampler is the prompt that was connected to 'Layout Guidance': connect the same positive "
+    "to both."
+)
+
+
+def phrase_tokens(words: Sequence[str], phrase: str) -> tuple[int, ...]:
+    """The positions of every place where `phrase` stands in a prompt, all pieces of it; none where it does not.
+
+    words: for each token of the prompt the word it belongs to, as `payload.WORDS`.
+    """
+    runs: list[tuple[str, list[int]]] = []  # a word and its pieces
+    for at, word in enumerate(words):
+        if at and word == words[at - 1]:
+            runs[-1][1].append(at)
+        else:
+            runs.append((word, [at]))
+    said = [fold(word) for word in PHRASE_WORD.findall(phrase)]
+    wanted = [word for i, word in enumerate(said) if i == 0 or word != said[i - 1]]
+    starts = range(len(runs) - len(wanted) + 1)
+    found = [runs[i : i + len(wanted)] for i in starts if [fold(run[0]) for run in runs[i : i + len(wanted)]] == wanted]
+    return tuple(at for run in found for _, pieces in run for at in pieces)
+
+
+def place_words(
+    positive: Conditioning, layout: Mapping[str, tuple[Box, ...]]
+) -> dict[tuple[str, ...], list[Placement]]:
+    """For each prompt of `positive` that says all phrases of `layout`, by its words, where its tokens go.
+
+    Raises ValueError for a phrase that no prompt says, a box that cannot be used, and a conditioning without words or
+    with an area.
+    """
+    placed = {}
+    for phrase, boxes in layout.items():
+        find_words(positive, " ".join(PHRASE_WORD.findall(phrase)))
+        for box in boxes:
+            box.check(phrase)
+    for _, values in positive:
+        words = values.get(WORDS, ())
+        objects = [Placement(phrase_tokens(words, phrase), boxes) for phrase, boxes in layout.items()]
+        if all(placement.tokens for placement in objects):
+            _check_cond(values)
+            placed[words] = objects
+    if not placed:
+        said = ", ".join(f'"{phrase}"' for phrase in layout)
+        raise ValueError(f"No prompt says all of {said}, each word for word: name what stands in one prompt.")
+    return placed
+
+
+def _check_cond(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for what cannot be guided by."""
+    if "area" in values:
+        raise ValueError(AREA)
+    if "hooks" in values:
+        raise ValueError(HOOKS)
+
+
+class _MapsComplete(Exception):
+    """Ends a forward pass."""
+
+
+class LayoutGuide:
+    """The wrappers that guide one sampling: OUTER_SAMPLE makes MODEL differentiable, PREDICT_NOISE moves x."""
+
+    def __init__(
+        self,
+        placed: Mapping[tuple[str, ...], Sequence[Placement]],
+        settings: LayoutGuidance,
+        layers: Sequence[Layer],
+        truncated: bool = True,
+    ) -> None:
+        """placed: from `place_words`. layers: those whose maps count.
+
+        truncated: False runs the forwards to their end, to compare.
+        """
+        self.placed, self.settings, self.layers, self.truncated = dict(placed), settings, tuple(layers), truncated
+
+    def patch(self, model: ModelPatcher) -> ModelPatcher:
+        """A clone of MODEL that is guided when it is sampled; a guidance that it has already is replaced."""
+        guided = model.clone()
+        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE):
+            guided.remove_wrappers_with_key(kind, KEY)
+        guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.sample)
+        # The first of its kind, so that whatever others do starts from the moved x.
+        others = guided.wrappers.get(WrappersMP.PREDICT_NOISE, {})
+        guided.wrappers[WrappersMP.PREDICT_NOISE] = {KEY: [self.predict_noise], **others}
+        return guided
+
+    def sample(
+        self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
+        denoise_mask: Tensor | None = None, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """The OUTER_SAMPLE wrapper."""
+        if denoise_mask is not None:
+            raise ValueError(MASKED_LATENT)
+        guider, inference = executor.class_obj, torch.is_inference_mode_enabled()
+        own = guider.model_patcher
+        with differentiable_model(own) as whole:
+            guider.model_patcher = whole
+            try:
+                with torch.inference_mode(inference):
+                    return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+            finally:
+                guider.model_patcher = own
+
+    def predict_noise(
+        self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None = None
+    ) -> Tensor:
+        """The PREDICT_NOISE wrapper. x, which is changed: (B, C, h, w) in ComfyUI's units at sigma `timestep` (B,)."""
+        sigmas = model_options["transformer_options"]["sample_sigmas"]
+        # A sampler may evaluate between two steps: such a call belongs to the step it started from.
+        step = int((sigmas.to(timestep) >= timestep[0] * (1 - 1e-4)).sum()) - 1
+        if step < self.settings.steps:
+            guider = executor.class_obj
+            every = [cond for conds in guider.conds.values() for cond in conds or () if cond.get(WORDS) in self.placed]
+            if not every:
+                raise ValueError(OTHER_PROMPT)
+            sigma = float(timestep[0])
+            active = [cond for cond in every if _in_range(cond, sigma)]
+            if active:
+                x.copy_(self.move(guider.inner_model, active, x, sigma, model_options))
+        return executor(x, timestep, model_options, seed)
+
+    def move(self, base: Any, conds: Sequence[dict], x: Tensor, sigma: float, model_options: dict) -> Tensor:
+        """x (B, C, h, w) at noise level sigma, moved by the mean loss of `conds`."""
+        for cond in conds:
+            _check_cond(cond)
+        scale = (1 + sigma**2) ** 0.5
+        gradient_scale = HALF_PRECISION_SCALE if base.get_dtype_inference() == torch.float16 else 1.0
+        with torch.inference_mode(False):
+            leave_inference(base)  # ComfyUI may have loaded something else meanwhile, and moved it
+
+            def loss_of(x_t: Tensor) -> Tensor:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                losses = [self.loss(base, cond, x_t * scale, sigma, model_options) for cond in conds]
+                return torch.stack(losses).mean(dim=0)
+
+            x_t = x.clone() / scale
+            moved = move_latents(x_t, 1 / scale**2, loss_of, self.settings, gradient_scale)
+            # Bit for bit the same x where nothing was moved.
+            return torch.where(moved == x_t, x.clone(), moved * scale)
+
+    def loss(self, base: Any, cond: dict, x: Tensor, sigma: float, model_options: dict) -> Tensor:
+        """L_loc (B,) of x at noise level sigma under one prompt; a ControlNet on it is left out.
+
+        Raises ValueError where another node replaces the attention that is to be read.
+        """
+        placements = self.placed[cond[WORDS]]
+        tokens = sorted({token for placement in placements for token in placement.tokens})
+        recording = Recording.start(self.layers, tokens, None, False, None)
+        missing = set(self.layers)
+
+        def look(extra_options: Mapping[str, Any], q: Tensor, k: Tensor, heads: int) -> None:
+            layer = layer_of_call(extra_options)
+            if layer not in missing:
+                return
+            missing.discard(layer)
+            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+            recording.see(layer, self.layers.index(layer), q, k, lambda context: context)
+            if self.truncated and not missing:
+                raise _MapsComplete
+
+        options = dict(model_options["transformer_options"])
+        options[ATTENTION] = attention_with_backward(options)
+        options = {**model_options, "transformer_options": watch_cross_attention(options, look)}
+        plain = {key: value for key, value in cond.items() if key != "control"}
+        with suppress(_MapsComplete):
+            comfy.samplers.calc_cond_batch(base, [[plain]], x, torch.full((len(x),), sigma).to(x), options)
+        if missing:
+            raise ValueError(replaced(missing, model_options["transformer_options"]))
+        maps = [attention for by_layer in recording.maps.maps.values() for attention in by_layer]
+        return layout_loss(maps, tokens, placements, (x.shape[2], x.shape[3]), self.settings.power)
+
+
+def replaced(missing: set[Layer], transformer_options: Mapping[str, Any]) -> str:
+    """What to say when attention of the layers `missing` was never computed: which node's code took its place."""
+    patches = transformer_options.get("patches_replace", {}).get("attn2", {})
+    first = min(missing)
+    patch = patches.get(first, patches.get(first[:2]))
+    code = patch if hasattr(patch, "__qualname__") else type(patch)
+    origin = "" if patch is None else f" ({code.__qualname__} of {code.__module__})"
+    return (
+        f"Another node{origin} replaces the cross-attention of {len(missing)} layers of this MODEL, which Layout "
+        "Guidance has to read: connect the MODEL as it comes before that node."
+    )
+
+
+def _in_range(cond: Mapping[str, Any], sigma: float) -> bool:
+    """Whether a cond counts at noise level sigma."""
+    return cond.get("timestep_end", -1.0) <= sigma <= cond.get("timestep_start", float("inf"))
+
+
+def guide_model(
+    model: ModelPatcher, positive: Conditioning, layout: Mapping[str, tuple[Box, ...]], settings: LayoutGuidance
+) -> ModelPatcher:
+    """A clone of MODEL that keeps the phrases of `positive` to their boxes; untouched where the settings say nothing.
+
+    layout: {phrase: its boxes}. Raises ValueError for a MODEL, words, boxes or settings that cannot be used.
+    """
+    settings.check()
+    model_family(model)
+    placed = place_words(positive, layout)
+    if settings.idle:
+        return model.clone()
+    return LayoutGuide(placed, settings, guidance_layers(cross_attention_layers(model))).patch(model)
