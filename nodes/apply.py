@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..kernels.backbone import Layer
 from ..kernels.concept import Concept
@@ -13,9 +13,13 @@ from ..kernels.conditioning import encode_prompt, spell_out
 from ..kernels.prompts import parse_prompt
 from .native.payload import TIMESTEPS, concept_conditioning, plain_conditioning, route_concepts
 from .native.text import describe_clip, encode_text, prompt_words
+from .native.weights import apply_weights
 from .types import Concept as ConceptSocket
 
 CATEGORY = "Concept Atelier/Use"
+WITH_WEIGHTS = (
+    "<{name}> learned weights along: connect it to 'Apply Concepts' as well, or load its file with Load LoRA (Model)."
+)
 
 
 def by_name(concepts: Iterable[Concept]) -> dict[str, Concept]:
@@ -46,7 +50,11 @@ def common_layers(concepts: Iterable[Concept]) -> tuple[Layer, ...]:
 class AtelierTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        concept = ConceptSocket.Input("concept", tooltip="A concept from Train or Load Concept.")
+        concept = ConceptSocket.Input(
+            "concept",
+            tooltip="A concept from Train or Load Concept; one that was trained with Train Weights goes to Apply "
+            "Concepts as well.",
+        )
         return io.Schema(
             node_id="AtelierTextEncode",
             display_name="Text Encode with Concepts",
@@ -94,7 +102,9 @@ class AtelierTextEncode(io.ComfyNode):
         vectors = {name: concept.vectors for name, concept in used.items()}
         staged = encode_prompt(partial(encode_text, clip), layers, prompt, vectors, layouts, TIMESTEPS)
         owner = {at: f"<{name}>" for name, positions in staged.positions.items() for at in positions}
-        return io.NodeOutput(concept_conditioning(staged, layers, [owner.get(at, w) for at, w in enumerate(words)]))
+        conditioning = concept_conditioning(staged, layers, [owner.get(at, w) for at, w in enumerate(words)])
+        notes = [WITH_WEIGHTS.format(name=name) for name, concept in used.items() if concept.weights]
+        return io.NodeOutput(conditioning, ui=ui.PreviewText("\n".join(notes)) if notes else None)
 
 
 class AtelierApplyConcepts(io.ComfyNode):
@@ -105,16 +115,41 @@ class AtelierApplyConcepts(io.ComfyNode):
             display_name="Apply Concepts",
             category=CATEGORY,
             description="Lets the MODEL read the concepts that the conditioning carries. Which concepts, the "
-            "conditioning says; without any, the MODEL works as before.",
+            "conditioning says; without any, the MODEL works as before. Also puts on the MODEL what concepts learned "
+            "of its weights.",
             search_aliases=["use concept", "patch model"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to paint with, before or after LoRAs and other patches."),
+                io.Autogrow.Input(
+                    "concepts",
+                    template=io.Autogrow.TemplatePrefix(
+                        ConceptSocket.Input("concept", tooltip="A concept that was trained with Train Weights."),
+                        prefix="concept",
+                        min=0,
+                        max=20,
+                    ),
+                    optional=True,
+                    tooltip="Needed for concepts that were trained with Train Weights: the weights they learned are "
+                    "added to the MODEL's. Others do nothing here.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Factor of these weights: 1 as learned, 0 none.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The MODEL for the sampler.")],
         )
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
+    def execute(cls, model, concepts: io.Autogrow.Type = None, strength: float = 1.0) -> io.NodeOutput:
+        for concept in by_name((concepts or {}).values()).values():
+            if concept.weights:
+                model = apply_weights(model, concept, strength)
         return io.NodeOutput(route_concepts(model))
 
 

@@ -53,6 +53,7 @@ class AtelierTokenLayout(io.ComfyNode):
                     default=1,
                     min=1,
                     max=1000,
+                    optional=True,
                     tooltip="Equal parts of the way from noise to picture, each with vectors of its own. 1: the same "
                     "all the way. SeFi-IDE: 5 with split_kv. ProSpect: 10. HiFi Tuner: 50, with steps_each_stage on "
                     "Train Concept.",
@@ -60,6 +61,7 @@ class AtelierTokenLayout(io.ComfyNode):
                 io.Boolean.Input(
                     "split_kv",
                     default=False,
+                    optional=True,
                     tooltip="Separate vectors for keys (where the word looks) and values (what it puts there): "
                     "SeFi-IDE's pairs.",
                 ),
@@ -67,6 +69,7 @@ class AtelierTokenLayout(io.ComfyNode):
                     "place",
                     options=list(PLACES),
                     default="word",
+                    optional=True,
                     tooltip="word: at the identifier's place in the prompt. tail rows (HiFi Tuner 3.2): the "
                     "identifier reads as the init word, and the last rows of the encoded prompt carry the concept. "
                     "added: on top of the prompt's own rows, so that an unlearned concept is exactly the plain "
@@ -76,6 +79,7 @@ class AtelierTokenLayout(io.ComfyNode):
                     "generated",
                     default=False,
                     advanced=True,
+                    optional=True,
                     tooltip="Let a small network make all vectors, and learn in their place (ProSpect's transformer "
                     "block, which SeFi-IDE's figure shows). It wants a learning rate of 0.0001 where free vectors take "
                     "0.005. On SD1 with ten vectors a saved run has 380 MB; the concept itself stays small.",

@@ -164,6 +164,7 @@ class AtelierTrain(io.ComfyNode):
                     min=0,
                     max=10_000,
                     advanced=True,
+                    optional=True,
                     tooltip="0: the stages of the layout learn side by side. Above 0, HiFi Tuner's Algorithm 1: all "
                     "stages learn as one for `steps`, then each by itself for so many more, from the noisiest to the "
                     "cleanest. The paper: 1000 steps, 50 stages, 10 each.",

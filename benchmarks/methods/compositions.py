@@ -33,12 +33,13 @@ def anchors(lam: float) -> tuple[AnchorLoss, ...]:
 
 def with_weights(method: str, weights: WeightPlan, lam: float) -> tuple[Row, ...]:
     """The ladder of the paper's Table 1 for a method that trains weights along with the word."""
-    row = Row(method, Layout("prompt"), weights=weights, tuned_as=TI)
+    row = Row(method, Layout("prompt"), weights=weights)
+    as_row = replace(row, tuned_as=method)
     return (
         row,
-        replace(row, name=f"{method}, + anchors", loss_terms=anchors(lam)),
-        replace(row, name=f"{method}, + layout", guidance=LayoutGuidance()),
-        replace(row, name=f"{method}, + both", loss_terms=anchors(lam), guidance=LayoutGuidance()),
+        replace(as_row, name=f"{method}, + anchors", loss_terms=anchors(lam)),
+        replace(as_row, name=f"{method}, + layout", guidance=LayoutGuidance()),
+        replace(as_row, name=f"{method}, + both", loss_terms=anchors(lam), guidance=LayoutGuidance()),
     )
 
 
@@ -77,8 +78,8 @@ class Compositions:
             tuned_as=TI,
         ),
         Row("SeFi-IDE", Layout("prompt", stages=5, split_kv=True), loss_terms=(SubjectAttentionLoss(),)),
-        *with_weights("Custom Diffusion", WeightPlan(KEY_AND_VALUE, learning_rate=1e-3), PAPER_LAMBDA),
-        *with_weights("DreamBooth", WeightPlan(WHOLE_UNET, learning_rate=1e-4), DREAMBOOTH_LAMBDA),
+        *with_weights("Custom Diffusion", WeightPlan(KEY_AND_VALUE, learning_rate=3e-3), PAPER_LAMBDA),
+        *with_weights("DreamBooth", WeightPlan(WHOLE_UNET, learning_rate=3e-4), DREAMBOOTH_LAMBDA),
     )
 
     def init_word(self, target: str) -> str:
