@@ -33,7 +33,7 @@ def branch_inputs(tooltip: str) -> list[io.Input]:
             max=1.0,
             step=0.05,
             tooltip="Guidance rescale (Lin et al. 2023): how far to bring the contrast of the guided picture back to "
-            "that of the branches. 0: off. Raise it, to 0.7 for example, when large weights burn the picture.",
+            "that of the branches. 0: off. Raise it when large weights burn the picture; Rescale CFG takes 0.7.",
         ),
         io.Float.Input(
             "apg_eta",
@@ -54,7 +54,8 @@ def branch_inputs(tooltip: str) -> list[io.Input]:
             step=0.5,
             advanced=True,
             tooltip="Adaptive projected guidance: the largest norm of the guidance in latents. 0: off. The paper "
-            "takes 2.5 to 15, depending on the model.",
+            "takes 2.5 (EDM2) to 15 (SDXL at 1024 pixels); norms grow with the side of the picture, so halve it at "
+            "half the side.",
         ),
         io.Float.Input(
             "apg_momentum",
@@ -64,7 +65,7 @@ def branch_inputs(tooltip: str) -> list[io.Input]:
             step=0.05,
             advanced=True,
             tooltip="Adaptive projected guidance: the share of the earlier steps' guidance added to this step's. 0: "
-            "off. The paper takes negative ones, -0.5 to -0.75.",
+            "off. The paper takes negative ones, -0.5 for SDXL.",
         ),
     ]
 

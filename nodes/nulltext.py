@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import folder_paths
+import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from .native.output_files import (
     output_file,
     register_folder,
 )
-from .native.pictures import opaque
+from .native.pictures import cover, opaque
 
 CATEGORY = "Concept Atelier/Concept Model"
 
@@ -36,6 +37,7 @@ class AtelierNullTextSurgery(io.ComfyNode):
             "empty prompt. The result paints without any prompt, and is what a concept model is trained from. The "
             "checkpoint itself stays as it is.",
             search_aliases=["null text", "unconditional model", "concept model", "GCFG", "remove cross attention"],
+            is_input_list=True,
             has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL of a checkpoint (SD1.x, SD2.x, SDXL, toy)."),
@@ -45,7 +47,8 @@ class AtelierNullTextSurgery(io.ComfyNode):
                     "images",
                     optional=True,
                     tooltip="Some pictures of the domain, at the size to train at (16 are plenty): the constants are "
-                    "means over them. Without, over noise in their place, which is right at high noise only.",
+                    "means over them. A batch or a list; the first one's size counts. Without, over noise in their "
+                    "place, which is right at high noise only.",
                 ),
                 io.Combo.Input(
                     "form",
@@ -95,14 +98,17 @@ class AtelierNullTextSurgery(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, form: str, timesteps: int, seed: int, size: int, file_name: str,
-        images: Tensor | None = None,
+        cls, model: list, clip: list, vae: list, form: list[str], timesteps: list[int], seed: list[int],
+        size: list[int], file_name: list[str], images: list[Tensor] | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        name = file_name.strip().removesuffix(SUFFIX)
+        name = file_name[0].strip().removesuffix(SUFFIX)
         if name:
             check_file_name(name)
-        pictures = None if images is None else opaque(images)
-        operated, errors = operate(model, clip, vae, pictures, form, timesteps, seed, size)
+        pictures = None
+        if images:
+            height, width = images[0].shape[1:3]
+            pictures = torch.cat([cover(opaque(batch), height, width) for batch in images])
+        operated, errors = operate(model[0], clip[0], vae[0], pictures, form[0], timesteps[0], seed[0], size[0])
         lines = ["Error against the model's own empty prompt, by timestep:"]
         lines += [f"{t}: {100 * error:.1f} %" for t, error in errors.items()]
         if name:

@@ -6,14 +6,16 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..toyworld.exemplars import exemplar_scenes, other_action_scenes
+from ..toyworld.exemplars import exemplar_scenes, other_action_scenes, subject_scenes
 from ..toyworld.render import render, render_with_mask
-from ..toyworld.vocabulary import ACTIONS, HELD_OUT_ACTIONS, caption
+from ..toyworld.vocabulary import ACTIONS, HELD_OUT_ACTIONS, HELD_OUT_SUBJECTS, SUBJECTS, caption
 from .native.toy import toy_checkpoint
 
 CATEGORY = "Concept Atelier/Toy World"
 # What the combo shows -> the action's name in the toy world; the toy model has never seen the held-out ones.
 ACTION_NAMES = {f"{name} (held out)": name for name in HELD_OUT_ACTIONS} | {name: name for name in ACTIONS}
+SEVERAL = "several"
+SUBJECT_NAMES = {f"{name} (held out)": name for name in HELD_OUT_SUBJECTS} | {name: name for name in SUBJECTS}
 
 
 def to_batch(pictures: list[np.ndarray]) -> torch.Tensor:
@@ -53,8 +55,8 @@ class AtelierToyPictures(io.ComfyNode):
             node_id="AtelierToyPictures",
             display_name="Toy Pictures",
             category=CATEGORY,
-            description="Draws pictures of one action in the toy world, with captions and masks, and pictures of the "
-            "same figures at the same places doing other things.",
+            description="Draws pictures of one action, or of one subject, in the toy world, with captions and masks, "
+            "and pictures of the same figures at the same places doing other things.",
             search_aliases=["toy exemplars", "demo pictures", "example data set"],
             inputs=[
                 io.Combo.Input(
@@ -79,12 +81,20 @@ class AtelierToyPictures(io.ComfyNode):
                     max=11,
                     tooltip="Pictures of other actions for each of these pictures.",
                 ),
+                io.Combo.Input(
+                    "subject",
+                    options=[SEVERAL, *SUBJECT_NAMES],
+                    optional=True,
+                    tooltip="several: four figures, each doing the action. One of the others: this figure alone, doing "
+                    "several things in several places instead of the action. The toy model was never trained on the "
+                    "held-out ones.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="The pictures of the action."),
+                io.Image.Output(display_name="images", tooltip="The pictures of the action, or of the subject."),
                 io.String.Output(
                     display_name="captions",
-                    tooltip="One line a picture, with the blank {} in the place of the action.",
+                    tooltip="One line a picture, with the blank {} in the place of the action, or of the subject.",
                 ),
                 io.Mask.Output(display_name="masks", tooltip="Where the figure is."),
                 io.Image.Output(
@@ -95,16 +105,20 @@ class AtelierToyPictures(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, action: str, count: int, seed: int, other_actions: int) -> io.NodeOutput:
-        scenes = exemplar_scenes(ACTION_NAMES[action], count, seed)
+    def execute(cls, action: str, count: int, seed: int, other_actions: int, subject: str = SEVERAL) -> io.NodeOutput:
+        if subject == SEVERAL:
+            scenes = exemplar_scenes(ACTION_NAMES[action], count, seed)
+            captions = [caption(scene, action_text="{}") for scene in scenes]
+        else:
+            scenes = subject_scenes(SUBJECT_NAMES[subject], count, seed)
+            captions = [caption(scene).replace(SUBJECT_NAMES[subject], "{}", 1) for scene in scenes]
         pictures, masks = zip(*(render_with_mask(scene) for scene in scenes))
-        captions = "\n".join(caption(scene, action_text="{}") for scene in scenes)
         others = [
             render(other)
             for number, scene in enumerate(scenes)
             for other in other_action_scenes(scene, other_actions, seed + number)
         ]
-        return io.NodeOutput(to_batch(pictures), captions, to_batch(masks), to_batch(others))
+        return io.NodeOutput(to_batch(pictures), "\n".join(captions), to_batch(masks), to_batch(others))
 
 
 NODES = [AtelierToyCheckpoint, AtelierToyPictures]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import comfy.utils
 import folder_paths
+import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
@@ -39,13 +40,13 @@ def save_trained(name: str, model: ConceptModel) -> Path:
     return file
 
 
-def chosen_pictures(folder: str, images: Tensor | None, size: int) -> list[Picture]:
-    """The pictures to learn from: those connected, else those of a folder inside ComfyUI's input folder.
+def chosen_pictures(folder: str, images: list[Tensor] | None, size: int) -> list[Picture]:
+    """The pictures to learn from: those connected, of any sizes, else those of a folder inside ComfyUI's input folder.
 
     Raises ValueError when there are none.
     """
-    if images is not None:
-        return tensor_pictures(cover(opaque(images), size, size))
+    if images:
+        return tensor_pictures(torch.cat([cover(opaque(batch), size, size) for batch in images]))
     if folder == NO_FOLDER:
         raise ValueError('There are no pictures: connect some to "images", or choose a folder on "folder".')
     return find_pictures(Path(folder_paths.get_input_directory()) / folder, size)
@@ -77,6 +78,7 @@ class AtelierTrainNullText(io.ComfyNode):
             "subject. All weights of the U-Net learn; the checkpoint stays as it is. Shows its loss and samples; "
             "Cancel and 'Stop and keep' lose nothing: the same settings queued again go on where they were left.",
             search_aliases=["null text", "concept model", "fine-tune", "dreambooth", "unconditional", "GCFG"],
+            is_input_list=True,
             has_intermediate_output=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -88,7 +90,8 @@ class AtelierTrainNullText(io.ComfyNode):
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="The pictures, instead of a folder; resized and cropped to the size below.",
+                    tooltip="The pictures, instead of a folder: a batch, a list, or the output of the dataset loaders; "
+                    "resized and cropped to the size below.",
                 ),
                 io.Combo.Input(
                     "folder",
@@ -218,18 +221,23 @@ class AtelierTrainNullText(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, size: int, **_other) -> tuple[str, ...]:
+    def fingerprint_inputs(cls, folder: list[str], size: list[int], **_other) -> tuple[str, ...]:
         """So that new pictures in the folder are noticed."""
-        if folder == NO_FOLDER:
+        if folder[0] == NO_FOLDER:
             return ()
-        return tuple(picture.key for picture in chosen_pictures(folder, None, size))
+        return tuple(picture.key for picture in chosen_pictures(folder[0], None, size[0]))
 
     @classmethod
-    def execute(
-        cls, model, clip, vae, folder: str, name: str, steps: int, learning_rate: float, batch_size: int,
-        accumulation: int, size: int, seed: int, sample_count: int, sample_every: int, mirror: bool,
-        ema_decay: float, weight_decay: float, clip_norm: float, sample_steps: int, sample_eta: float,
-        start_fresh: bool, images: Tensor | None = None,
+    def execute(cls, images: list[Tensor] | None = None, **inputs: list) -> io.NodeOutput:
+        """All inputs come as lists, of which only `images` may be longer than one."""
+        return cls.train(images, **{name: values[0] for name, values in inputs.items()})
+
+    @classmethod
+    def train(
+        cls, images: list[Tensor] | None, model, clip, vae, folder: str, name: str, steps: int,
+        learning_rate: float, batch_size: int, accumulation: int, size: int, seed: int, sample_count: int,
+        sample_every: int, mirror: bool, ema_decay: float, weight_decay: float, clip_norm: float,
+        sample_steps: int, sample_eta: float, start_fresh: bool,
     ) -> io.NodeOutput:  # fmt: skip
         check_file_name(name)
         base = null_text_form(model)

@@ -24,7 +24,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .kv_deltas import carried, only_key_and_value, weight_deltas
-from .payload import Conditioning
+from .payload import ConceptReader, Conditioning
 
 KEY = "concept_atelier_gcfg"
 
@@ -48,7 +48,7 @@ class Part:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether nested dicts, lists and tuples hold the same objects; numbers and texts need only be equal.
+    """Whether nested dicts, lists and tuples hold the same objects; numbers, texts and readers need only be equal.
 
     An empty dict or list says no more than a missing one: what ComfyUI takes out leaves them behind.
     """
@@ -61,7 +61,7 @@ def same(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
-    return isinstance(one, (int, float, str)) and one == other
+    return isinstance(one, (int, float, str, ConceptReader)) and one == other
 
 
 def same_weights(one: ModelPatcher, other: ModelPatcher) -> bool:

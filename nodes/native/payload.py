@@ -104,17 +104,21 @@ def route_concepts(model: ModelPatcher) -> ModelPatcher:
     return routed
 
 
+@dataclass(frozen=True)
 class ConceptReader:
-    """The CALC_COND_BATCH wrapper: takes payloads out of the conds and hands their rows to this call's attention."""
+    """The CALC_COND_BATCH wrapper: takes payloads out of the conds and hands their rows to this call's attention.
 
-    def __init__(self, layers: tuple[Layer, ...], width: int) -> None:
-        self.numbers = {layer: number for number, layer in enumerate(layers)}
-        self.width = width
+    layers, width: of the U-Net's cross-attention and its contexts. Readers of one U-Net are equal, so that MODELs which
+    differ in nothing else share a forward.
+    """
+
+    layers: tuple[Layer, ...]
+    width: int
 
     def __call__(
         self, executor: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> list[Tensor]:
-        patch = ContextPatch(self.numbers)
+        patch = ContextPatch({layer: number for number, layer in enumerate(self.layers)})
         conds = [
             group and [self._unload(cond, model, x_in.device, timestep, patch) for cond in group] for group in conds
         ]
@@ -145,10 +149,10 @@ class ConceptReader:
     def _check(self, payload: ConceptPayload, start: Tensor) -> None:
         """Raise ValueError unless the payload fits this U-Net and `start`, the plain context of now, is its own."""
         width = payload.plain.shape[-1]
-        if payload.layers != tuple(self.numbers) or width != self.width:
+        if payload.layers != self.layers or width != self.width:
             raise ValueError(
                 f"The concepts in this conditioning were encoded for a U-Net with {len(payload.layers)} "
-                f"cross-attention layers and contexts {width} wide; this MODEL has {len(self.numbers)} layers and "
+                f"cross-attention layers and contexts {width} wide; this MODEL has {len(self.layers)} layers and "
                 f"contexts {self.width} wide: encode the prompt with the CLIP of the same checkpoint as the MODEL."
             )
         if not torch.equal(start, payload.plain.to(start)):

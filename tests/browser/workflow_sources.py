@@ -7,6 +7,11 @@ from collections.abc import Callable
 from adi_workflows import adi_sd, adi_toy
 from gcfg_sd_workflows import gcfg_control_sd
 from gcfg_workflows import gcfg_negative_toy, gcfg_rectified_toy, gcfg_subjects_toy, gcfg_two_prompts_toy
+from mask_workflows import mask_subject_sd
+from nulltext_workflows import nulltext_toy
+from photo_workflows import inversion_sd, inversion_toy, replace_sd, replace_toy
+from reference_workflows import reference_sd, reference_toy
+from subject_workflows import subject_sd, subject_toy
 from workflow_builder import Workflow
 
 WORKFLOWS: dict[str, Callable[[], Workflow]] = {
@@ -19,5 +24,15 @@ WORKFLOWS: dict[str, Callable[[], Workflow]] = {
         gcfg_rectified_toy,
         gcfg_subjects_toy,
         gcfg_control_sd,
+        nulltext_toy,
+        mask_subject_sd,
+        subject_toy,
+        subject_sd,
+        reference_toy,
+        reference_sd,
+        replace_toy,
+        replace_sd,
+        inversion_toy,
+        inversion_sd,
     )
 }

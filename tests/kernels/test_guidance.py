@@ -124,6 +124,17 @@ def test_apg_with_one_branch_is_the_papers(eta: float, r: float) -> None:
     assert close(guided, paper_apg(D, D_0, 8.0, eta, r))
 
 
+@pytest.mark.parametrize(("eta", "r", "beta"), [(0.0, 5.0, -0.5), (0.5, 1e9, -0.75), (1.0, 2.0, 0.3)])
+def test_apg_over_several_steps_is_that_of_diffusers(eta: float, r: float, beta: float) -> None:
+    """An implementation by others, with its momentum; in its "original formulation" the scale is w - 1."""
+    apg = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
+    buffer, ours = apg.MomentumBuffer(beta), AdaptiveProjection(eta, r, beta)
+    predictions = draw(6)
+    for D, D_0 in zip(predictions[::2], predictions[1::2], strict=True):
+        expected = apg.normalized_guidance(D, D_0, 7.0, buffer, eta, r, use_original_formulation=True)
+        assert close(ours.guide(combine([D], [8.0], D_0), D_0, [8.0]), expected)
+
+
 def test_apg_takes_branches_for_their_mean_condition() -> None:
     D_0, a, b = draw(3)
     w = [4.0, 2.0]

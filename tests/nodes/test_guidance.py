@@ -276,16 +276,33 @@ def test_a_controlnet_reaches_its_branch_alone(sd1, prompts):
     assert relative(lonely, advanced(stock(sd1.model, controlled, u, 1.0))) < TOLERANCE
 
 
-def test_concepts_reach_their_branch_alone(sd1, prompts):
-    u, _a, _, _ = prompts
+@pytest.fixture(scope="module")
+def two_concepts(sd1):
+    """CONDITIONING of two prompts, each with a concept of its own per layer."""
     layers, kind = cross_attention_layers(sd1.model), describe_clip(sd1.clip)
     vectors = {
         t: torch.randn(16, 1, width, generator=torch.Generator().manual_seed(1)) for t, width in kind.towers.items()
     }
     concept = Concept("it", vectors, Layout("layer"), kind.family, layers)
     other = Concept("that", {t: -v for t, v in vectors.items()}, Layout("layer"), kind.family, layers)
+    with torch.inference_mode():
+        return [AtelierTextEncode.execute(sd1.clip, f"a <{c.name}>", {"concept0": c})[0] for c in (concept, other)]
+
+
+def test_two_apply_concepts_on_one_base_share_a_forward(sd1, prompts, two_concepts):
+    u, (one, two) = prompts[0], two_concepts
+    base, first, second = (AtelierApplyConcepts.execute(sd1.model)[0] for _ in range(3))
+    guider, cost = gcfg(base, u, branch(first, one, 3.0), branch(second, two, 2.0)).args
+    with counting(base) as forwards:
+        out = advanced(guider)
+    assert forwards == [3] * STEPS
+    assert cost.splitlines() == ["1 forward of the U-Net a step", "- unconditional, branch0, branch1 together"]
+    assert torch.equal(out, advanced(gcfg(base, u, branch(base, one, 3.0), branch(base, two, 2.0))[0]))
+
+
+def test_concepts_reach_their_branch_alone(sd1, prompts, two_concepts):
+    u, (one, two) = prompts[0], two_concepts
     model = AtelierApplyConcepts.execute(sd1.model)[0]
-    one, two = (AtelierTextEncode.execute(sd1.clip, f"a <{c.name}>", {"concept0": c})[0] for c in (concept, other))
     guider = gcfg(model, u, branch(model, one, 3.0), branch(model, two, 2.0))[0]
     with counting(model) as forwards:
         both = advanced(guider, steps=1)

@@ -60,10 +60,16 @@ def pictures(count: int = 3) -> Tensor:
     return torch.rand(count, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(0))
 
 
+def in_lists(parts, model: ModelPatcher, values: dict) -> dict:
+    """As ComfyUI calls a node that takes lists; without what is not connected."""
+    values = values | {"model": model, "clip": parts.clip, "vae": parts.vae}
+    return {name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None}
+
+
 def surgery(parts, **changes):
     values = {"form": "calibrated", "timesteps": 2, "seed": 0, "size": SIZE, "file_name": "", "images": pictures(2)}
     with torch.inference_mode():
-        return AtelierNullTextSurgery.execute(parts.model, parts.clip, parts.vae, **{**values, **changes})
+        return AtelierNullTextSurgery.execute(**in_lists(parts, parts.model, values | changes))
 
 
 def train(parts, model: ModelPatcher, **changes):
@@ -88,7 +94,7 @@ def train(parts, model: ModelPatcher, **changes):
         "images": pictures(),
     }
     with torch.inference_mode():
-        return AtelierTrainNullText.execute(model, parts.clip, parts.vae, **{**values, **changes})
+        return AtelierTrainNullText.execute(**in_lists(parts, model, values | changes))
 
 
 def load(model: ModelPatcher, file: str, monkeypatch) -> ModelPatcher:
@@ -392,12 +398,52 @@ def test_a_folder_of_pictures(tiny, tmp_path):
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 256, (90, 70, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    before = AtelierTrainNullText.fingerprint_inputs("faces", SIZE)
+    before = AtelierTrainNullText.fingerprint_inputs(["faces"], [SIZE])
     (folder / "broken.png").write_text("no picture")
-    assert AtelierTrainNullText.fingerprint_inputs("faces", SIZE) != before
+    assert AtelierTrainNullText.fingerprint_inputs(["faces"], [SIZE]) != before
     output = train(tiny("sd1"), surgery(tiny("sd1")).args[0], folder="faces", images=None, steps=1)
     assert "Skipped, cannot be read" in output.ui["text"][0] and "broken.png" in output.ui["text"][0]
     assert null_text_form(output.args[0]).metadata["pictures"] == "2"
+
+
+def test_a_dataset_comes_as_a_list_of_any_sizes(tiny):
+    whole = pictures(4)
+    larger = torch.rand(1, 96, 80, 3, generator=torch.Generator().manual_seed(1))
+    output = train(tiny("sd1"), surgery(tiny("sd1")).args[0], images=[whole[:1], larger, whole[1:]], steps=1)
+    assert null_text_form(output.args[0]).metadata["pictures"] == "5"
+    listed, batched = (
+        null_text_form(surgery(tiny("sd1"), images=images).args[0]).features
+        for images in ([whole[:1], whole[1:]], whole)
+    )
+    assert all(torch.equal(listed[layer], batched[layer]) for layer in batched)
+    surgery(tiny("sd1"), images=[whole, larger])  # cut to the size of the first
+
+
+def test_a_file_of_the_training_script_loads(tiny, tmp_path, monkeypatch):
+    """python -m concept_atelier.kernels.train_nulltext on diffusers: the same picture through ComfyUI and its U-Net."""
+    accelerate = pytest.importorskip("accelerate")
+    from concept_atelier.kernels.train_nulltext import main
+
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    tiny_diffusers.build("sd1").save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "faces").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "faces" / f"{number}.png")
+    file = Path(folder_paths.get_output_directory()) / "concept_atelier_models" / "script.safetensors"
+    arguments = f"--steps 1 --batch-size 2 --size {SIZE} --learning-rate 1e-3 --form uniform --work {tmp_path}/work"
+    places = ["--model", tmp_path / "pipeline", "--pictures", tmp_path / "faces", "--output", file]
+    main([*map(str, places), *arguments.split()])
+    parts = tiny("sd1")
+    loaded = load(parts.model, file.name, monkeypatch)
+    form = null_text_form(loaded)
+    assert form.metadata["steps"] == "1" and form.deltas.keys() == trainable_weights(parts.model).keys()
+    diffusers = diffusers_unet("sd1", parts.model)
+    make_concept_model(diffusers.unet, form, "sd1")
+    x_t, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([500])
+    with native_session(loaded, parts.clip, parts.vae) as backbone, torch.no_grad():
+        null = null_context(backbone)
+        assert relative(backbone.predict_noise(x_t, t, null), diffusers.predict_noise(x_t, t, null)) < 1e-4
 
 
 def test_a_trained_model_is_trained_further(tiny, monkeypatch):

@@ -161,6 +161,16 @@ def test_the_seed_decides_the_pictures():
     assert not torch.equal(first[0], other[0])
 
 
+def test_pictures_of_one_subject():
+    images, captions, masks, others = AtelierToyPictures.execute("dab (held out)", 30, 0, 1, "wizard (held out)").args
+    assert images.shape == (30, 64, 64, 3) and masks.shape == (30, 64, 64) and others.shape == images.shape
+    lines = captions.splitlines()
+    assert all(line.startswith("a {} ") and "wizard" not in line and "dab" not in line for line in lines)
+    assert len(set(lines)) > 20  # several things in several places
+    woman = AtelierToyPictures.execute("dab (held out)", 3, 0, 1, "woman").args[1].splitlines()
+    assert all(line.startswith("a {} in ") for line in woman)
+
+
 def test_held_out_actions_are_marked():
     combo = next(i for i in AtelierToyPictures.define_schema().inputs if i.id == "action")
     assert combo.options == list(ACTION_NAMES)
