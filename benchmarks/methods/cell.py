@@ -31,6 +31,7 @@ from ...toyworld.render import SIZE
 from ...toyworld.weights import LAYOUT_PREDICTOR, WEIGHTS
 from .actions import Actions
 from .compositions import Compositions
+from .referenced import ReferencedPainter
 from .subjects import Subjects
 from .table import NAME, Row, Table
 
@@ -80,7 +81,7 @@ class Cell:
 
     def questions(self) -> list:
         """What is painted."""
-        every = TABLES[self.table].questions(self.target)
+        every = TABLES[self.table].questions(self.target)[:: 1 if self.way.painter == "sampled" else 2]
         count = self.effort.questions or len(every)
         return [every[index * len(every) // count] for index in range(count)]
 
@@ -189,7 +190,10 @@ def make(cell: Cell, folder: Path) -> Path:
         concept = _learn(cell)
         prompts = [parse_prompt(question.prompt, [NAME]) for question in questions]
         with concept_weights_applied(backbone, concept.weights):
-            pictures = _paint(cell, prompts, {NAME: concept.vectors}, {NAME: concept.bound_layout()})
+            if way.painter == "sampled":
+                pictures = _paint(cell, prompts, {NAME: concept.vectors}, {NAME: concept.bound_layout()})
+            else:
+                pictures = _paint_along(cell, prompts, concept)
     pixels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     Result(pixels, judge.read(pictures.clamp(0, 1).movedim(-1, 1))).save(file)
     return file
@@ -245,6 +249,16 @@ def _paint(cell: Cell, prompts: list[Prompt], vectors: dict, layouts: dict) -> T
             )
         )
     return torch.cat(pictures)
+
+
+def _paint_along(cell: Cell, prompts: list[Prompt], concept: Concept) -> Tensor:
+    backbone, _ = studio()
+    steps, cfg = cell.effort.sampler_steps, cell.effort.cfg
+    painter = ReferencedPainter(backbone, concept.vectors, concept.bound_layout(), NAME, steps, cfg)
+    is_guided = cell.way.painter == "reference"
+    references = TABLES[cell.table].exemplars(cell.way, cell.target, cell.seed) if is_guided else []
+    seeds = [1000 * (cell.seed + 1) + index for index in range(len(prompts))]
+    return torch.cat([painter.paint(prompt, seed, references) for prompt, seed in zip(prompts, seeds, strict=True)])
 
 
 def _places(cell: Cell, prompts: list[Prompt], vectors: dict, part: slice) -> list[list[Placement]]:

@@ -49,6 +49,18 @@ class Subjects:
             steps_each_stage=4,
             tuned_as="HiFi Tuner: + mask",
         ),
+        *(
+            Row(
+                f"HiFi Tuner: step-wise, {name}, without fresh noise",
+                replace(TAIL_ROWS, stages=25),
+                use_masks=True,
+                loss_terms=PRIOR,
+                steps_each_stage=4,
+                tuned_as="HiFi Tuner: + mask",
+                painter=painter,
+            )
+            for name, painter in (("first pass", "first pass"), ("+ reference", "reference"))
+        ),
         Row("Textual Inversion, one picture", Layout("prompt"), exemplars=1),
         Row("SeFi-IDE, one picture, lambda 0", PAIRS, exemplars=1),
         *(

@@ -24,7 +24,8 @@ class Row:
     layout, rule, steps, use_masks, loss_terms, weights, steps_each_stage: as in training; layout None: nothing is
     learned, words stand in the prompt. exemplars: how many pictures it learns from. tuned_as: the row whose learning
     rate it takes; its own when empty. judged_by_words: the target is what those words say. guidance: of the layout,
-    while painting; guided: how many of a question's things get a box.
+    while painting; guided: how many of a question's things get a box. painter: "sampled"; for tail rows also
+    "first pass" and "reference", every other question alone.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     steps_each_stage: int = 0
     guidance: LayoutGuidance | None = None
     guided: int = 2
+    painter: str = "sampled"
 
 
 @dataclass(frozen=True)
