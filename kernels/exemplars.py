@@ -28,7 +28,10 @@ class Exemplar:
 
 
 def check_exemplars(exemplars: Sequence[Exemplar]) -> None:
-    """Raise ValueError with a sentence when these cannot be learned from: none, unequal sizes, a missing blank."""
+    """Raise ValueError with a sentence when these cannot be learned from.
+
+    None, unequal sizes, a missing blank, an empty mask.
+    """
     if not exemplars:
         raise ValueError("There are no exemplars: connect at least one picture.")
     sizes = {tuple(e.image.shape) for e in exemplars}
@@ -36,6 +39,11 @@ def check_exemplars(exemplars: Sequence[Exemplar]) -> None:
         raise ValueError(f"Exemplars of unequal size {sorted(sizes)}: resize them to one size first.")
     for exemplar in exemplars:
         fill_blank(exemplar.caption, "name")
+    if empty := [str(i) for i, e in enumerate(exemplars, start=1) if e.mask is not None and not e.mask.any()]:
+        raise ValueError(
+            f"The mask of exemplar {', '.join(empty)} is empty, so there is nothing to learn from: mark the subject, "
+            "or leave the masks out."
+        )
 
 
 @dataclass(frozen=True)

@@ -64,16 +64,20 @@ def target_size(first: Tensor, size: int) -> tuple[int, int]:
     return max(1, height // LATENT_SCALE) * LATENT_SCALE, max(1, width // LATENT_SCALE) * LATENT_SCALE
 
 
-def size_note(pictures: Sequence[Tensor], height: int, width: int, masked: bool) -> str:
-    """What the node says about sizes: how many pictures there are, and which had to be changed."""
+def size_note(pictures: Sequence[Tensor], height: int, width: int, masks: Sequence[Tensor]) -> str:
+    """What the node says: how many pictures there are, which had to be changed, and which masks do nothing."""
     exemplars = "1 exemplar" if len(pictures) == 1 else f"{len(pictures)} exemplars"
-    lines = [f"{exemplars} of {width} x {height}{', with masks' if masked else ''}."]
+    lines = [f"{exemplars} of {width} x {height}{', with masks' if masks else ''}."]
     sizes = Counter(tuple(picture.shape[:2]) for picture in pictures)
     for (h, w), count in sizes.items():
         if (h, w) != (height, width):
             lines.append(f"{count} of {w} x {h} resized to cover {width} x {height}, the middle kept.")
     if any(side % LATENT_SCALE for side in pictures[0].shape[:2]):
         lines.append(f"Width and height have to be multiples of {LATENT_SCALE}.")
+    if other := sum(mask.shape != picture.shape[:2] for mask, picture in zip(masks, pictures)):
+        lines.append(f"{other} of the masks resized to their pictures.")
+    if full := [str(i) for i, mask in enumerate(masks, start=1) if mask.min() == 1]:
+        lines.append(f"The whole picture is inside of mask {', '.join(full)}, which therefore masks nothing.")
     return "\n".join(lines)
 
 
@@ -123,17 +127,17 @@ class AtelierExemplars(io.ComfyNode):
             raise ValueError('There is no picture on "images": connect at least one, best ten.')
         texts = captions_of(captions, len(pictures))
         height, width = target_size(pictures[0], size[0])
-        marks = [None] * len(pictures)
+        given, marks = [], [None] * len(pictures)
         if masks:
+            given = masks_of(masks, len(pictures))
             marks = [
-                cover_mask(mask, tuple(picture.shape[:2]), height, width)
-                for mask, picture in zip(masks_of(masks, len(pictures)), pictures)
+                cover_mask(mask, tuple(picture.shape[:2]), height, width) for mask, picture in zip(given, pictures)
             ]
         exemplars = tuple(
             Exemplar(cover(picture[None], height, width)[0], text, mark)
             for picture, text, mark in zip(pictures, texts, marks)
         )
-        return io.NodeOutput(exemplars, ui=ui.PreviewText(size_note(pictures, height, width, bool(masks))))
+        return io.NodeOutput(exemplars, ui=ui.PreviewText(size_note(pictures, height, width, given)))
 
 
 NODES = [AtelierExemplars]

@@ -1,18 +1,21 @@
 """A run is named by what decides it, saved as it goes, resumed, continued, returned at once."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from concept_atelier.kernels.anchor_loss import AnchorLoss
 from concept_atelier.kernels.concept import load_concept, save_concept
 from concept_atelier.kernels.concept_run import ConceptRun, SamplePlan
 from concept_atelier.kernels.diffusers_backbone import DiffusersBackbone
 from concept_atelier.kernels.exemplars import Exemplar
 from concept_atelier.kernels.gradient_mask import GradientMask
-from concept_atelier.kernels.gradient_rules import MaskedTriples
+from concept_atelier.kernels.gradient_rules import MaskedTriples, PlainGradient
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.kernels.training import TrainingSettings
+from concept_atelier.kernels.weight_plan import KEY_AND_VALUE, WeightPlan
 from concept_atelier.toyworld.model import load_toy
 
 
@@ -115,6 +118,9 @@ def test_starting_fresh_forgets(backbone, tmp_path):
         {"rule": MaskedTriples(GradientMask(beta=0.5))},
         {"settings": TrainingSettings(steps=4, learning_rate=1e-3)},
         {"exemplars": a_run().exemplars[::-1]},
+        {"loss_terms": (AnchorLoss(0.5),)},
+        {"rule": PlainGradient(), "weights": WeightPlan(KEY_AND_VALUE)},
+        {"layout": Layout("block", generated=True)},
     ],
 )
 def test_whatever_decides_the_result_names_the_run(backbone, change):
@@ -133,6 +139,9 @@ def test_what_cannot_be_learned_is_refused_before_any_work(backbone, tmp_path):
         a_run(init_word="raises both arms").learn(backbone, tmp_path, Recorder())
     with pytest.raises(ValueError, match='name "my act"'):
         a_run(name="my act")
+    with pytest.raises(ValueError, match="mask of exemplar 2 is empty"):
+        first, second, *_ = a_run().exemplars
+        a_run(exemplars=(first, replace(second, mask=torch.zeros(64, 64))))
     with pytest.raises(ValueError, match="<other>"):
         a_run(samples=SamplePlan(("a cat <other>",)))
     with pytest.raises(ValueError, match="no exemplars"):

@@ -132,11 +132,15 @@ class TestExemplars:
         assert (made[0].mask - made[0].image[..., 0]).abs().mean() < 0.05
         assert note.startswith("1 exemplar of 32 x 32, with masks.")
 
+    def test_a_mask_that_masks_nothing_is_told(self):
+        _, note = exemplars([pictures(2)], masks=[torch.stack([torch.eye(64), torch.ones(64, 64)])])
+        assert "inside of mask 2, which therefore masks nothing" in note and "resized" not in note
+
     def test_a_mask_of_another_size_is_fitted_to_its_picture(self):
         mask = torch.zeros(32, 32)
         mask[:16] = 1
-        made, _ = exemplars([pictures(1)], masks=[mask])
-        assert made[0].mask.shape == (64, 64)
+        made, note = exemplars([pictures(1)], masks=[mask])
+        assert made[0].mask.shape == (64, 64) and "1 of the masks resized" in note
         assert made[0].mask[:30].min() > 0.9 and made[0].mask[34:].max() < 0.1
 
     @pytest.mark.parametrize(
