@@ -27,6 +27,8 @@ from ...kernels.trajectory import Trajectory
 from ...toyworld.render import SIZE
 
 IN_SUBJECT = 0.5  # of the stretched map of attention
+# The toy model's contexts hardly move at the paper's learning rate of 0.01.
+SETTINGS = ReferenceSettings(learning_rate=0.1)
 
 
 class ReferencedPainter:
@@ -76,8 +78,7 @@ class ReferencedPainter:
         x_0 = self.backbone.encode_image(picture[None].float())
         path = invert(self._along(self._encode(caption)), self.abar, x_0)
         inside = latent_mask(mask.float(), x_0.shape[-2:])
-        settings = ReferenceSettings()
-        x = generate_with_reference(guided, Trajectory(path, self.abar, ""), inside, self.phi, noise, settings)
+        x = generate_with_reference(guided, Trajectory(path, self.abar, ""), inside, self.phi, noise, SETTINGS)
         return self.backbone.decode_latent(x)
 
 

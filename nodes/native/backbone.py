@@ -30,7 +30,7 @@ from ...kernels.prompts import Prompt
 from ...kernels.run_state import weights_fingerprint
 from ...kernels.schedule import NoiseSchedule
 from .gradients import attention_with_backward, differentiable, load_for_gradients
-from .patches import layer_of_call, watch_cross_attention, with_patch
+from .patches import by_head, check_watched, layer_of_call, watch_cross_attention, with_patch
 from .text import describe_clip, encode_text_loaded, token_vectors_loaded, word_table_loaded
 
 BLOCKS = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
@@ -265,12 +265,12 @@ class _AttentionRecorder:
         self.recording, self.modules = recording, modules
         self.indices = {layer: index for index, layer in enumerate(modules)}
         self._missing: set[Layer] = set()
-        self._replacements: Mapping[tuple, Callable] = {}
+        self._options: Mapping[str, Any] = {}
 
     def install(self, options: dict[str, Any]) -> dict[str, Any]:
         """A copy of transformer_options that makes the next forward pass record."""
         self._missing = set(self.recording.maps.maps)
-        self._replacements = options.get("patches_replace", {}).get("attn2", {})
+        self._options = options
         return watch_cross_attention(options, self._look)
 
     def _look(self, extra_options: Mapping[str, Any], q: Tensor, k: Tensor, heads: int) -> None:
@@ -278,21 +278,10 @@ class _AttentionRecorder:
         if layer not in self._missing:
             return
         self._missing.discard(layer)
-
-        def by_head(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
         to_k = self.modules[layer].to_k
-        self.recording.see(layer, self.indices[layer], by_head(q), by_head(k), lambda c: by_head(to_k(c)))
+        q, k = by_head(q, heads), by_head(k, heads)
+        self.recording.see(layer, self.indices[layer], q, k, lambda context: by_head(to_k(context), heads))
 
     def check(self) -> None:
         """Raise ValueError when a layer that was asked for did not compute attention."""
-        if self._missing:
-            first = min(self._missing)
-            replacement = self._replacements.get(first, self._replacements.get(first[:2]))
-            code = replacement if hasattr(replacement, "__qualname__") else type(replacement)
-            origin = "" if replacement is None else f" ({code.__qualname__} of {code.__module__})"
-            raise ValueError(
-                f"Another node{origin} replaces the cross-attention of {len(self._missing)} layers of this MODEL, so "
-                "their attention cannot be read: connect the MODEL as it comes before that node."
-            )
+        check_watched(self._missing, self._options)

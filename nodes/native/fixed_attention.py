@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels.backbone import Layer
 from ...kernels.replacement import Columns, attention, fix_columns
-from .patches import ATTENTION, layer_of_call, watch_cross_attention
+from .patches import ATTENTION, by_head, layer_of_call, watch_cross_attention
 
 Maps = Mapping[Layer, Tensor]
 """A prompt's attention (1, heads, h * w, T) in each layer."""
@@ -28,19 +28,6 @@ def seen_in(transformer_options: dict[str, Any], maps: dict[Layer, Tensor], home
         maps[layer_of_call(extra_options)] = attention(by_head(q, heads), by_head(k, heads), k.shape[1]).to(home)
 
     return watch_cross_attention(transformer_options, look)
-
-
-def check_seen(maps: Maps, layers: tuple[Layer, ...], transformer_options: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the name of what is in the way, unless all layers have shown their attention."""
-    if missing := [layer for layer in layers if layer not in maps]:
-        others = transformer_options.get("patches_replace", {}).get("attn2", {})
-        other = next((others[at] for layer in missing for at in (layer, layer[:2]) if at in others), None)
-        code = other if hasattr(other, "__qualname__") else type(other)
-        origin = "" if other is None else f" ({code.__qualname__} of {code.__module__})"
-        raise ValueError(
-            f"Another node{origin} replaces the cross-attention of {len(missing)} layers of this MODEL, so it cannot "
-            "be fixed there: connect the MODEL as it comes before that node, here and to 'DDIM Inversion'."
-        )
 
 
 def with_fixed_columns(
@@ -79,8 +66,3 @@ def with_fixed_columns(
         return torch.cat(parts)
 
     return watch_cross_attention({**transformer_options, ATTENTION: attend}, look)
-
-
-def by_head(x: Tensor, heads: int) -> Tensor:
-    """(B, n, heads * d) -> (B, heads, n, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -25,7 +25,7 @@ from ...kernels.layout_guidance import Box, LayoutGuidance, Placement, guidance_
 from .attention_maps import find_words, fold
 from .backbone import cross_attention_layers, model_family
 from .gradients import attention_with_backward, differentiable_model, leave_inference
-from .patches import ATTENTION, layer_of_call, watch_cross_attention
+from .patches import ATTENTION, by_head, check_watched, layer_of_call, watch_cross_attention
 from .payload import WORDS, Conditioning
 
 KEY = "concept_atelier_layout"
@@ -200,7 +200,7 @@ class LayoutGuide:
             if layer not in missing:
                 return
             missing.discard(layer)
-            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+            q, k = by_head(q, heads), by_head(k, heads)
             recording.see(layer, self.layers.index(layer), q, k, lambda context: context)
             if self.truncated and not missing:
                 raise _MapsComplete
@@ -211,23 +211,9 @@ class LayoutGuide:
         plain = {key: value for key, value in cond.items() if key != "control"}
         with suppress(_MapsComplete):
             comfy.samplers.calc_cond_batch(base, [[plain]], x, torch.full((len(x),), sigma).to(x), options)
-        if missing:
-            raise ValueError(replaced(missing, model_options["transformer_options"]))
+        check_watched(missing, model_options["transformer_options"])
         maps = [attention for by_layer in recording.maps.maps.values() for attention in by_layer]
         return layout_loss(maps, tokens, placements, (x.shape[2], x.shape[3]), self.settings.power)
-
-
-def replaced(missing: set[Layer], transformer_options: Mapping[str, Any]) -> str:
-    """What to say when attention of the layers `missing` was never computed: which node's code took its place."""
-    patches = transformer_options.get("patches_replace", {}).get("attn2", {})
-    first = min(missing)
-    patch = patches.get(first, patches.get(first[:2]))
-    code = patch if hasattr(patch, "__qualname__") else type(patch)
-    origin = "" if patch is None else f" ({code.__qualname__} of {code.__module__})"
-    return (
-        f"Another node{origin} replaces the cross-attention of {len(missing)} layers of this MODEL, which Layout "
-        "Guidance has to read: connect the MODEL as it comes before that node."
-    )
 
 
 def _in_range(cond: Mapping[str, Any], sigma: float) -> bool:

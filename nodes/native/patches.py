@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -60,3 +60,25 @@ def watch_cross_attention(
     options = with_patch(transformer_options, "attn2_patch", enter)
     options = with_patch(options, "attn2_output_patch", leave, first=True)
     return {**options, ATTENTION: attend}
+
+
+def check_watched(missing: Collection[Layer], transformer_options: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming whose code took its place, when attention that was watched was never computed.
+
+    missing: the layers where.
+    """
+    if not missing:
+        return
+    replacements = transformer_options.get("patches_replace", {}).get("attn2", {})
+    other = next((replacements[at] for layer in missing for at in (layer, layer[:2]) if at in replacements), None)
+    code = other if hasattr(other, "__qualname__") else type(other)
+    origin = "" if other is None else f" ({code.__qualname__} of {code.__module__})"
+    raise ValueError(
+        f"Another node{origin} replaces the cross-attention of {len(missing)} layers of this MODEL, which has to be "
+        "read: connect the MODEL as it comes before that node."
+    )
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, n, heads * d) -> (B, heads, n, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -14,6 +14,7 @@ SHEET_CELL = 128  # pixels: large enough to judge a picture, small enough for te
 SHEET_GAP = 4
 SHEET_HEADER = 20
 PAPER, INK = (24, 26, 28), (200, 206, 212)
+OUTLINE, DIMMED = (0.9, 0.62, 0.0), 0.45  # orange; what lies outside of a subject stays visible
 
 
 def opaque(images: Tensor) -> Tensor:
@@ -37,6 +38,28 @@ def cover_mask(mask: Tensor, picture_size: tuple[int, int], height: int, width: 
     if mask.shape[2:] != picture_size:
         mask = torch.nn.functional.interpolate(mask, size=picture_size, mode="bilinear", antialias=True)
     return comfy.utils.common_upscale(mask, width, height, "bilinear", "center")[0, 0].clamp(0, 1)
+
+
+def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask (h, w) at `size`; one of that size stays the same object."""
+    if mask.shape == size:
+        return mask
+    resized = torch.nn.functional.interpolate(mask[None, None].float(), size=size, mode="bilinear", antialias=True)
+    return resized[0, 0].clamp(0, 1)
+
+
+def measures(mask: Tensor) -> str:
+    """Width x height of a mask (h, w)."""
+    return f"{mask.shape[1]} x {mask.shape[0]}"
+
+
+def outlined(picture: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+    """A picture (H, W, 3), dimmed outside of `mask` (H, W), with the outline of another mask, `target`."""
+    inside = (target >= 0.5).float()
+    width = max(target.shape) // 256 + 1  # pixels: seen at any size
+    grown = torch.nn.functional.max_pool2d(inside[None], 2 * width + 1, stride=1, padding=width)[0]
+    dimmed = picture * (DIMMED + (1 - DIMMED) * mask[..., None])
+    return torch.where((grown > inside)[..., None], torch.tensor(OUTLINE), dimmed)
 
 
 def to_pil(image: Tensor) -> Image.Image:

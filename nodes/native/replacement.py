@@ -25,8 +25,9 @@ from ...kernels.replacement import MAPS_DTYPE, Columns, match_columns
 from ...kernels.trajectory import Trajectory
 from .attention_maps import fold, level_shape
 from .backbone import cross_attention_layers
-from .fixed_attention import Maps, check_seen, seen_in, with_fixed_columns
+from .fixed_attention import Maps, seen_in, with_fixed_columns
 from .inversion import InversionGuider, check_invertible, model_fingerprint, predictions
+from .patches import check_watched
 from .payload import KEY, WORDS, Conditioning, route_concepts
 
 
@@ -224,7 +225,7 @@ class _ReplacementSampler(comfy.samplers.Sampler):
             predictions(
                 lambda x, sigma: comfy.samplers.calc_cond_batch(base, [conds["source"]], x, sigma, watched)[0], sigmas
             )(path[i].to(noise), i)
-            check_seen(maps, layers, options["transformer_options"])
+            check_watched([layer for layer in layers if layer not in maps], options["transformer_options"])
             if self.stored is not None:
                 self.stored[i] = maps
             return maps
