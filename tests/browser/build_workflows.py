@@ -19,15 +19,7 @@ from typing import Any
 PACK = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PACK / "tests"), str(PACK / "tests" / "server"), str(PACK / "tests" / "browser")]
 
-from comfy_server import (  # noqa: E402
-    PACK_NAME,
-    SD_ACTION_PICTURES,
-    SD_CHECKPOINT,
-    SD_CONTROL_PICTURE,
-    SD_CONTROLNET,
-    SD_DOMAIN_PICTURES,
-    ComfyServer,
-)
+from comfy_server import PACK_NAME, SD_FOLDERS, SD_MODELS, SD_PICTURE, ComfyServer  # noqa: E402
 from conftest import COMFYUI  # noqa: E402
 from frontend import Frontend, frontend  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
@@ -125,12 +117,13 @@ def running() -> Iterator[ComfyServer]:
     with tempfile.TemporaryDirectory() as base:
         server = ComfyServer(COMFYUI, Path(base), {PACK_NAME: PACK})
         # What the workflows on Stable Diffusion name must be there to be shown; it is not loaded.
-        (server.folder / "models" / "controlnet").mkdir()
-        for file in (f"checkpoints/{SD_CHECKPOINT}", f"controlnet/{SD_CONTROLNET}"):
-            (server.folder / "models" / file).touch()
-        for folder in (SD_ACTION_PICTURES, SD_DOMAIN_PICTURES):
+        for file in SD_MODELS:
+            path = server.folder / "models" / file
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        for folder in SD_FOLDERS:
             (server.folder / "input" / folder).mkdir()
-        Image.new("RGB", (64, 64)).save(server.folder / "input" / SD_CONTROL_PICTURE)
+        Image.new("RGB", (64, 64)).save(server.folder / "input" / SD_PICTURE)
         with server:
             yield server
 
@@ -182,13 +175,18 @@ def write_thumbnails(names: list[str]) -> None:
             picture.save(FOLDER / f"{name}.jpg", quality=88)
 
 
-def painted(server: ComfyServer, name: str, rows: dict[str, str]) -> Image.Image:
+def painted(server: ComfyServer, name: str, rows: dict[str, str | tuple[str, ...]]) -> Image.Image:
     """What the nodes of the saved workflow of these titles show after a run, row by row."""
     titles = {node.get("title"): str(node["id"]) for node in read(f"{name}.json")["nodes"]}
     outcome = server.run(read(f"api/{name}.json"), timeout=3600)
     if outcome.status != "success":
         raise RuntimeError(f"{name}: {outcome.status}: {outcome.error}")
-    return collage({row: pictures_of(server, outcome.outputs[titles[node]]["images"]) for row, node in rows.items()})
+
+    def shown(nodes: str | tuple[str, ...]) -> list[Image.Image]:
+        of_nodes = (outcome.outputs[titles[node]]["images"] for node in ([nodes] if isinstance(nodes, str) else nodes))
+        return pictures_of(server, [image for images in of_nodes for image in images])
+
+    return collage({row: shown(nodes) for row, nodes in rows.items()})
 
 
 def view(server: ComfyServer, name: str) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_server import SD_CHECKPOINT, SD_CONTROL_PICTURE, SD_CONTROLNET, SD_DOMAIN_PICTURES
+from comfy_server import SD_CHECKPOINT, SD_CONTROLNET, SD_DOMAIN_PICTURES, SD_PICTURE
 from workflow_builder import LEARN, LOOK, PAINT, PICTURES, Workflow
 from workflow_parts import SD_CHECKPOINT_SOURCE, SD_CONTROLNET_SOURCE, guided_picture
 
@@ -44,7 +44,7 @@ def gcfg_control_sd() -> Workflow:
             "CLIPTextEncode", "Prompt", node_size=(340, 100), clip=loader["CLIP"], text="wearing sunglasses, smiling"
         )
         nothing = w.node("CLIPTextEncode", "Empty prompt", node_size=(340, 100), clip=loader["CLIP"], text="")
-        picture = w.node("LoadImage", "Its edges are kept", room=240, image=SD_CONTROL_PICTURE)
+        picture = w.node("LoadImage", "Its edges are kept", room=240, image=SD_PICTURE)
         scaled = w.node(
             "ImageScale",
             upscale_method="lanczos",

@@ -33,10 +33,10 @@ class Workflow:
     """Groups of columns of nodes, in the order in which they are added.
 
     thumbnail: rows of the picture beside the workflow, each title with the title of the node that shows the row's
-    pictures; without any, the graph itself is shown.
+    pictures, or of several; without any, the graph itself is shown.
     """
 
-    thumbnail: dict[str, str] = field(default_factory=dict)
+    thumbnail: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
     nodes: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_server import SD_CHECKPOINT, SD_CONTROLNET
+from typing import NamedTuple
+
+from comfy_server import SD_CHECKPOINT, SD_CONTROLNET, SD_DINO, SD_GROUNDING_DINO, SD_SAM
 from workflow_builder import Link, Node, Workflow
 
 SD_CHECKPOINT_SOURCE = {
@@ -14,6 +16,21 @@ SD_CONTROLNET_SOURCE = {
     "name": SD_CONTROLNET,
     "url": f"https://huggingface.co/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/{SD_CONTROLNET}",
     "directory": "controlnet",
+}
+SD_SAM_SOURCE = {
+    "name": SD_SAM,
+    "url": f"https://dl.fbaipublicfiles.com/segment_anything/{SD_SAM}",
+    "directory": "sams",
+}
+SD_GROUNDING_DINO_SOURCE = {
+    "name": SD_GROUNDING_DINO,
+    "url": f"https://github.com/IDEA-Research/GroundingDINO/releases/download/v0.1.0-alpha/{SD_GROUNDING_DINO}",
+    "directory": "grounding-dino",
+}
+SD_DINO_SOURCE = {
+    "name": SD_DINO,
+    "url": f"https://dl.fbaipublicfiles.com/dino/{SD_DINO.removesuffix('.pth')}/{SD_DINO}",
+    "directory": "dino",
 }
 
 TOY_SAMPLING = {"steps": 25, "cfg": 3.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
@@ -52,8 +69,8 @@ def guided_picture(
     branches: list[Node],
     latent: Node,
     sampler: str = TOY_SAMPLING["sampler_name"],
-) -> None:
-    """GCFG Guider over the branches, what it costs, SamplerCustomAdvanced and its pictures."""
+) -> Link:
+    """GCFG Guider over the branches, what it costs, SamplerCustomAdvanced and its pictures, which it returns."""
     guider = w.node(
         "AtelierGCFGGuider",
         model=model,
@@ -76,3 +93,92 @@ def guided_picture(
     w.column()
     decoded = w.node("VAEDecode", samples=sampled["output"], vae=loader["VAE"])
     w.node("SaveImage", title, node_size=(360, 300), images=decoded["IMAGE"], filename_prefix="concept_atelier/gcfg")
+    return decoded["IMAGE"]
+
+
+def sd_checkpoint(w: Workflow) -> Node:
+    """Load Checkpoint."""
+    return w.node("CheckpointLoaderSimple", properties={"models": [SD_CHECKPOINT_SOURCE]}, ckpt_name=SD_CHECKPOINT)
+
+
+def concept_prompt(w: Workflow, loader: Node, title: str, text: str | Link, *trained: Node) -> Node:
+    """A prompt that may name what was trained."""
+    concepts = {f"concepts__concept{number}": node["concept"] for number, node in enumerate(trained)}
+    return w.node("AtelierTextEncode", title, node_size=(360, 150), clip=loader["CLIP"], text=text, **concepts)
+
+
+def invert(w: Workflow, loader: Node, model: Link, shown: Node, picture: Link, steps: int = 50) -> Node:
+    """VAE Encode and DDIM Inversion with the paper's settings."""
+    latent = w.node("VAEEncode", pixels=picture, vae=loader["VAE"])
+    return w.node(
+        "AtelierDDIMInversion",
+        room=340,
+        model=model,
+        conditioning=shown["CONDITIONING"],
+        latent=latent["LATENT"],
+        steps=steps,
+        vae=loader["VAE"],
+    )
+
+
+def sampled_picture(
+    w: Workflow, loader: Node, noise: Link, guider: Link, sampler: Link, sigmas: Link, latent: Link
+) -> Link:
+    """SamplerCustomAdvanced and VAE Decode. Returns the picture."""
+    sampled = w.node(
+        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
+    )
+    return w.node("VAEDecode", samples=sampled["output"], vae=loader["VAE"])["IMAGE"]
+
+
+def side_by_side(w: Workflow, pictures: list[Link], titles: list[str]) -> None:
+    """Single pictures in one row, each under its title."""
+    row = w.node("BatchImagesNode", **{f"images__image{number}": link for number, link in enumerate(pictures)})
+    w.node(
+        "AtelierCompareGrid",
+        "Side by side",
+        node_size=(900, 420),
+        pictures__picture0=row["IMAGE"],
+        column_titles="\n".join(titles),
+    )
+
+
+class Segmenters(NamedTuple):
+    """The loaders of what finds and masks by text."""
+
+    detector: Node
+    sam: Node
+
+
+def load_segmenters(w: Workflow) -> Segmenters:
+    """Load GroundingDINO and Load SAM, one under the other."""
+    detector = w.node(
+        "AtelierGroundingDINOLoader",
+        room=40,
+        properties={"models": [SD_GROUNDING_DINO_SOURCE]},
+        checkpoint=SD_GROUNDING_DINO,
+    )
+    sam = w.node("AtelierSAMLoader", room=40, properties={"models": [SD_SAM_SOURCE]}, checkpoint=SD_SAM)
+    return Segmenters(detector, sam)
+
+
+def mask_by_text(w: Workflow, segmenters: Segmenters, images: Link, text: str) -> tuple[Node, Node]:
+    """Detect by Text and SAM Mask for the one thing in each of the images that the text names."""
+    detected = w.node(
+        "AtelierDetect",
+        room=60,
+        node_size=(340, 200),
+        detector=segmenters.detector["detector"],
+        images=images,
+        text=text,
+        max_detections=1,
+    )
+    seen = w.node("AtelierSAMEncode", sam=segmenters.sam["sam"], images=images)
+    masks = w.node(
+        "AtelierSAMMask",
+        room=60,
+        node_size=(340, 220),
+        embedding=seen["embedding"],
+        bboxes=detected["bboxes"],
+    )
+    return detected, masks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from adi_workflows import adi_sd, adi_toy
+from compose_workflows import compose_sd, compose_toy
 from gcfg_sd_workflows import gcfg_control_sd
 from gcfg_workflows import gcfg_negative_toy, gcfg_rectified_toy, gcfg_subjects_toy, gcfg_two_prompts_toy
 from mask_workflows import mask_subject_sd
@@ -34,5 +35,7 @@ WORKFLOWS: dict[str, Callable[[], Workflow]] = {
         replace_sd,
         inversion_toy,
         inversion_sd,
+        compose_toy,
+        compose_sd,
     )
 }

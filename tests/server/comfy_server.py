@@ -29,9 +29,22 @@ TINY_CHECKPOINT = "tiny_sd1.safetensors"
 # What the workflows on Stable Diffusion ask for: they run as they are, on tiny files of these names.
 SD_CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 SD_CONTROLNET = "control_v11p_sd15_canny_fp16.safetensors"
+SD_SAM = "sam_vit_b_01ec64.pth"
+SD_GROUNDING_DINO = "groundingdino_swint_ogc.pth"
+SD_DINO = "dino_deitsmall16_pretrain.pth"
 SD_ACTION_PICTURES = "my_action"
 SD_DOMAIN_PICTURES = "my_domain"
-SD_CONTROL_PICTURE = "example.png"  # comes with ComfyUI
+SD_SUBJECT_PICTURES = "my_subject"
+SD_OTHER_PICTURES = "my_other_subject"
+SD_FOLDERS = (SD_ACTION_PICTURES, SD_DOMAIN_PICTURES, SD_SUBJECT_PICTURES, SD_OTHER_PICTURES)
+SD_MODELS = (
+    f"checkpoints/{SD_CHECKPOINT}",
+    f"controlnet/{SD_CONTROLNET}",
+    f"sams/{SD_SAM}",
+    f"grounding-dino/{SD_GROUNDING_DINO}",
+    f"dino/{SD_DINO}",
+)
+SD_PICTURE = "example.png"  # comes with ComfyUI
 
 FRONTEND_SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -233,6 +246,23 @@ def write_tiny_controlnet(path: Path) -> None:
     save_file({f"control_model.{name}": weight.half() for name, weight in net.state_dict().items()}, path)
 
 
+def write_tiny_segmenters(models: Path) -> None:
+    """Save SAM and GroundingDINO with its vocabulary, as published but tiny, and a small DINO, with random weights."""
+    import torch
+    from concept_atelier.kernels.features import Dino
+
+    sys.path.insert(0, str(PACK / "tests" / "kernels"))
+    import tiny_segmenters
+
+    for name in ("sams", "grounding-dino", "dino"):
+        (models / name).mkdir()
+    torch.save(tiny_segmenters.sam().state_dict(), models / "sams" / SD_SAM)
+    torch.save({"model": tiny_segmenters.dino_weights()}, models / "grounding-dino" / SD_GROUNDING_DINO)
+    tiny_segmenters.write_vocabulary(models / "bert-base-uncased")
+    dino = Dino(384, 16, 1).requires_grad_(False)
+    torch.save(tiny_segmenters.fill(dino, 0, 0.1).state_dict(), models / "dino" / SD_DINO)
+
+
 def write_captioned_pictures(folder: Path, count: int = 3) -> None:
     """Pictures with a caption file beside each, as an artist would put them into the input folder."""
     import numpy as np
@@ -254,7 +284,8 @@ def furnished(comfyui: Path, folder: Path, tiny_model: Any) -> ComfyServer:
     controlnets = folder / "models" / "controlnet"
     controlnets.mkdir()
     write_tiny_controlnet(controlnets / SD_CONTROLNET)
-    write_captioned_pictures(inputs / SD_ACTION_PICTURES)
-    write_captioned_pictures(inputs / SD_DOMAIN_PICTURES)
-    (inputs / SD_CONTROL_PICTURE).symlink_to(inputs / SD_DOMAIN_PICTURES / "0.png")
+    write_tiny_segmenters(folder / "models")
+    for name in SD_FOLDERS:
+        write_captioned_pictures(inputs / name)
+    (inputs / SD_PICTURE).symlink_to(inputs / SD_DOMAIN_PICTURES / "0.png")
     return server

@@ -14,7 +14,7 @@ Prompt = dict[str, dict[str, Any]]
 SMALL = {
     "AtelierExemplars": {"size": 64},
     "AtelierTriples": {"context_steps": 2, "sampling_steps": 2, "pictures_per_exemplar": 2},
-    "AtelierTrain": {"steps": 6, "sample_every": 3, "sample_steps": 2},
+    "AtelierTrain": {"steps": 6, "steps_each_stage": 0, "sample_every": 3, "sample_steps": 2},
     "AtelierNullTextSurgery": {"timesteps": 2, "size": 64},
     "AtelierTrainNullText": {
         "steps": 6,
@@ -25,11 +25,15 @@ SMALL = {
         "sample_steps": 2,
     },
     "TrainLoraNode": {"steps": 3},
+    "AtelierDetect": {"threshold": 0.0, "resolution": 96},
+    "AtelierDDIMInversion": {"steps": 3},
+    "AtelierNullTextOptimize": {"inner_steps": 1},
+    "AtelierReferenceGuidance": {"inner_steps": 1},
     "AtelierAttentionMaps": {"steps": 3},
     "BasicScheduler": {"steps": 3},
     "ImageScale": {"width": 64, "height": 64},
     "KSampler": {"steps": 3},
-    "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 2},
+    "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 1},  # a reference guides one picture
 }
 
 

@@ -1,0 +1,242 @@
+"""The workflow of two learned subjects in one picture: the same prompt and seeds, painted by each method."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from workflow_builder import LEARN, LOOK, PAINT, Link, Node, Workflow
+from workflow_parts import concept_prompt, guided_picture
+
+PLAIN, ANCHORS, LAYOUT, SEFI, GCFG = "Textual Inversion", "+ Anchor Loss", "+ Layout Guidance", "SeFi-IDE", "GCFG"
+METHODS = (PLAIN, ANCHORS, LAYOUT, SEFI, GCFG)
+KNOWN_SHARE = 0.4  # of the steps of GCFG, in which two known things take their places; found by a few tries
+
+
+class Subject(NamedTuple):
+    """One of the two. name: its placeholder. init_word: the known word it starts from. alone: a prompt of it alone."""
+
+    name: str
+    init_word: str
+    alone: str
+    exemplars: Node
+
+
+class Studio(NamedTuple):
+    """What the workflow on the toy model and the one on Stable Diffusion have, each with values of its own.
+
+    subjects: that of the left half first. prompt: of both; known: with the init words in their places. anchors,
+    training, guidance, sampling: settings of the nodes. predicted: whether Layout Predictor says where. batch: seeds.
+    """
+
+    loader: Node
+    subjects: tuple[Subject, Subject]
+    prompt: str
+    known: str
+    anchors: dict[str, Any]
+    training: dict[str, Any]
+    guidance: dict[str, Any]
+    predicted: bool
+    sampling: dict[str, Any]
+    size: int
+    batch: int
+
+
+class Canvas(NamedTuple):
+    """What all pictures have in common. prompt: the text."""
+
+    model: Link
+    prompt: Link
+    nothing: Node
+    latent: Node
+
+
+def compose(w: Workflow, studio: Studio, notes: dict[str, str]) -> None:
+    """The groups after the pictures: learn, paint five ways, compare, look. notes: for the canvas, one a group."""
+    with w.group("2  Learn a word for each, in three ways", LEARN):
+        w.note(notes["learn"], 310)
+        trained = learn(w, studio)
+    with w.group("3  One prompt of both, the same seeds", PAINT):
+        w.note(notes["paint"], 210)
+        applied = w.node("AtelierApplyConcepts", model=studio.loader["MODEL"])
+        text = w.node("PrimitiveStringMultiline", "The prompt", node_size=(340, 120), value=studio.prompt)
+        nothing = concept_prompt(w, studio.loader, "Empty prompt", "")
+        latent = w.node("EmptyLatentImage", width=studio.size, height=studio.size, batch_size=studio.batch)
+        canvas = Canvas(applied["MODEL"], text["STRING"], nothing, latent)
+        prompts, painted = {}, {}
+        for method, concepts in trained.items():
+            w.column()
+            prompts[method] = concept_prompt(w, studio.loader, f"Prompt ({method})", canvas.prompt, *concepts)
+            painted[method] = paint(w, studio, canvas, method, prompts[method], canvas.model)
+    with w.group("4  The words of Textual Inversion, kept to their places", PAINT):
+        w.note(notes["layout"], 250)
+        guided = lay_out(w, studio, canvas, prompts[PLAIN], trained[PLAIN])
+        painted[LAYOUT] = paint(w, studio, canvas, LAYOUT, prompts[PLAIN], guided)
+    with w.group("5  The same words as branches of GCFG", PAINT):
+        w.note(notes["branches"], 250)
+        painted[GCFG] = guide_halves(w, studio, canvas, trained[PLAIN])
+    with w.group("6  Side by side", LOOK):
+        w.note(notes["compare"], 270)
+        compare(w, "Five ways", {method: painted[method] for method in METHODS}, caption=canvas.prompt)
+    with w.group("7  Where each word looks", LOOK):
+        w.note(notes["look"], 190)
+        look(w, studio, canvas, {method: prompts[method] for method in (PLAIN, SEFI)})
+
+
+def learn(w: Workflow, studio: Studio) -> dict[str, list[Node]]:
+    """Train Concept for both subjects by each method that learns: {method: the two nodes}."""
+    single = w.node("AtelierTokenLayout", "Token Layout (one word)", granularity="one token")
+    anchor = w.node("AtelierAnchorLoss", node_size=(340, 320), **studio.anchors)
+    stages = w.node("AtelierTokenLayout", "Token Layout (SeFi-IDE)", granularity="one token", stages=5, split_kv=True)
+    attention = w.node("AtelierSubjectAttentionLoss")
+    trained = {}
+    for method, layout, terms in ((PLAIN, single, ()), (ANCHORS, single, (anchor,)), (SEFI, stages, (attention,))):
+        w.column()
+        trained[method] = [
+            w.node(
+                "AtelierTrain",
+                f"<{subject.name}>: {method}",
+                room=240,
+                model=studio.loader["MODEL"],
+                clip=studio.loader["CLIP"],
+                vae=studio.loader["VAE"],
+                exemplars=subject.exemplars["exemplars"],
+                layout=layout["layout"],
+                name=subject.name,
+                init_word=subject.init_word,
+                sample_prompts=subject.alone.replace(f"<{subject.name}>", "{}"),
+                **{f"loss_terms__loss_term{number}": term["loss_term"] for number, term in enumerate(terms)},
+                **studio.training,
+            )
+            for subject in studio.subjects
+        ]
+    return trained
+
+
+def paint(w: Workflow, studio: Studio, canvas: Canvas, method: str, prompt: Node, model: Link) -> Link:
+    """KSampler and its pictures."""
+    sampled = w.node(
+        "KSampler",
+        model=model,
+        positive=prompt["CONDITIONING"],
+        negative=canvas.nothing["CONDITIONING"],
+        latent_image=canvas.latent["LATENT"],
+        seed=1,
+        **studio.sampling,
+    )
+    decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=studio.loader["VAE"])
+    w.node("PreviewImage", method, node_size=(360, 300), images=decoded["IMAGE"])
+    return decoded["IMAGE"]
+
+
+def lay_out(w: Workflow, studio: Studio, canvas: Canvas, prompt: Node, trained: list[Node]) -> Link:
+    """Layout Guidance, with Layout Predictor where there is one. Returns the MODEL."""
+    boxes = {}
+    if studio.predicted:
+        predictor = w.node(
+            "AtelierLayoutPredictor",
+            room=80,
+            clip=studio.loader["CLIP"],
+            words=", ".join(f"<{subject.name}>" for subject in studio.subjects),
+            width=studio.size,
+            height=studio.size,
+            **{f"concepts__concept{number}": node["concept"] for number, node in enumerate(trained)},
+        )
+        boxes = {"bboxes": predictor["bboxes"]}
+    w.column()
+    guided = w.node(
+        "AtelierLayoutGuidance",
+        room=60,
+        model=canvas.model,
+        positive=prompt["CONDITIONING"],
+        width=studio.size,
+        height=studio.size,
+        **studio.guidance,
+        **boxes,
+    )
+    return guided["MODEL"]
+
+
+def guide_halves(w: Workflow, studio: Studio, canvas: Canvas, trained: list[Node]) -> Link:
+    """GCFG: first two known things, then each subject in its half. Returns the pictures."""
+    half = studio.size // 2
+    empty = w.node("SolidMask", "Nothing", value=0.0, width=studio.size, height=studio.size)
+    solid = w.node("SolidMask", "Half", value=1.0, width=half, height=studio.size)
+    right = w.node(
+        "MaskComposite", "Right half", destination=empty["MASK"], source=solid["MASK"], x=half, operation="add"
+    )
+    left = w.node("InvertMask", "Left half", mask=right["MASK"])
+    w.column()
+    both = concept_prompt(w, studio.loader, "Two known things", studio.known)
+    weight = {"weight": studio.sampling["cfg"]}
+    branches = [
+        w.node(
+            "AtelierGuidanceBranch",
+            "First the known ones",
+            model=canvas.model,
+            conditioning=both["CONDITIONING"],
+            end_percent=KNOWN_SHARE,
+            **weight,
+        )
+    ]
+    for subject, concept, mask in zip(studio.subjects, trained, (left, right)):
+        w.column()
+        alone = concept_prompt(w, studio.loader, f"<{subject.name}> alone", subject.alone, concept)
+        there = w.node("ConditioningSetMask", conditioning=alone["CONDITIONING"], mask=mask["MASK"])
+        branches.append(
+            w.node(
+                "AtelierGuidanceBranch",
+                f"Then <{subject.name}>, in its half",
+                model=canvas.model,
+                conditioning=there["CONDITIONING"],
+                start_percent=KNOWN_SHARE,
+                **weight,
+            )
+        )
+    w.column()
+    return guided_picture(
+        w,
+        GCFG,
+        studio.loader,
+        canvas.model,
+        canvas.nothing,
+        branches,
+        canvas.latent,
+        sampler=studio.sampling["sampler_name"],
+    )
+
+
+def look(w: Workflow, studio: Studio, canvas: Canvas, prompts: dict[str, Node]) -> None:
+    """Attention Maps of both words by each method of `prompts`, in one grid."""
+    seen = {}
+    for method, prompt in prompts.items():
+        for subject in studio.subjects:
+            title = f"<{subject.name}>, {method}"
+            maps = w.node(
+                "AtelierAttentionMaps",
+                title,
+                room=320,
+                model=canvas.model,
+                positive=prompt["CONDITIONING"],
+                negative=canvas.nothing["CONDITIONING"],
+                latent_image=canvas.latent["LATENT"],
+                vae=studio.loader["VAE"],
+                words=f"<{subject.name}>",
+                seed=1,
+                **studio.sampling,
+            )
+            seen[title] = maps["overlay"]
+        w.column()
+    compare(w, "Where the words look", seen)
+
+
+def compare(w: Workflow, title: str, rows: dict[str, Link], **settings: Link) -> None:
+    """Compare Grid with a row for each."""
+    w.node(
+        "AtelierCompareGrid",
+        title,
+        node_size=(900, 900),
+        **{f"pictures__picture{number}": pictures for number, pictures in enumerate(rows.values())},
+        row_titles="\n".join(rows),
+        picture_size=192,
+        **settings,
+    )
