@@ -1,7 +1,7 @@
 """Speed of ADI training against a plain implementation: python -m concept_atelier.benchmarks.speed adi [--quick]
 
-`gcfg` in place of `adi` measures guidance: see speed_gcfg.py. `layout` measures layout guidance: see speed_layout.py.
-`reference` measures reference guidance: see speed_reference.py.
+`gcfg` in place of `adi` measures guidance: see speed_gcfg.py. `layout` measures layout guidance and the attention loss:
+see speed_layout.py and speed_attention_loss.py. `reference` measures reference guidance: see speed_reference.py.
 
 Both sides make the same updates from the same random weights, pictures, timesteps and noise, each in a process of its
 own, turn by turn, so that a busy machine slows both. Neither encodes pictures: the latents are given.
@@ -256,7 +256,10 @@ def main(arguments: list[str] | None = None) -> None:
         speed_gcfg.run(options.quick)
         return
     if options.method == "layout":
+        from . import speed_attention_loss  # which needs what is defined here
+
         speed_layout.run(options.quick)
+        speed_attention_loss.run(options.quick)
         return
     if options.method == "reference":
         speed_reference.run(options.quick)
