@@ -1,4 +1,4 @@
-"""A picture of the real subject as a guide: choose it, lay it over the generated one, and sample along it."""
+"""A picture of the real subject as a guide: lay it over the generated one, and sample along it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from comfy_api.latest import io, ui
 
 from ..kernels.alignment import OBJECTIVES, fit_masks, warp_mask, warp_picture
 from ..kernels.reference import ReferenceSettings, latent_mask
-from .native.features import DINO_FILES, by_clip, by_dino
 from .native.live import show_text
 from .native.pictures import cover, measures, opaque, outlined, resized_mask
 from .native.reference import reference_sampler
 from .types import Trajectory
 
 CATEGORY = "Concept Atelier/Reference"
-BY_DINO, BY_CLIP, BY_INDEX = "DINO", "CLIP Vision", "index"
 EVERYTHING = 0.995  # of a picture: a mask that large leaves nothing out
-
-DINO_FILES.register()
 
 
 def one_picture(batch: torch.Tensor, name: str) -> torch.Tensor:
@@ -30,77 +26,6 @@ def one_picture(batch: torch.Tensor, name: str) -> torch.Tensor:
             "Image From Batch (Mask From Batch)."
         )
     return batch[0]
-
-
-class AtelierPickReference(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AtelierPickReference",
-            display_name="Pick Reference",
-            category=CATEGORY,
-            description="Of several pictures of a subject, chooses the one that is nearest to the generated picture. "
-            "It becomes the reference for Align Reference.",
-            search_aliases=["dino similarity", "nearest picture", "choose reference", "hifi tuner"],
-            hidden=[io.Hidden.unique_id],
-            inputs=[
-                io.Image.Input("pictures", tooltip="The pictures of the subject, as one batch."),
-                io.Combo.Input(
-                    "by",
-                    options=[BY_DINO, BY_CLIP, BY_INDEX],
-                    tooltip="What tells how near pictures are: DINO (the paper), the CLIP Vision model connected here, "
-                    "or nothing: the index below is taken.",
-                ),
-                io.Combo.Input(
-                    "dino",
-                    options=DINO_FILES.names(),
-                    tooltip=f"A file in models/dino; the paper takes ViT-S/16. Published at {DINO_FILES.published}.",
-                ),
-                io.Int.Input("index", default=0, min=0, max=4095, tooltip="Which picture to take, counted from 0."),
-                io.Image.Input(
-                    "generated", optional=True, tooltip="The generated picture to be near to. Not needed for index."
-                ),
-                io.Mask.Input("masks", optional=True, tooltip="Where the subject is, one mask for each picture."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="From Load CLIP Vision, for CLIP Vision."),
-            ],
-            outputs=[
-                io.Image.Output(display_name="reference", tooltip="The chosen picture."),
-                io.Mask.Output(display_name="mask", tooltip="Its mask; without masks all of it."),
-                io.Int.Output(display_name="index", tooltip="Its number, counted from 0."),
-            ],
-        )
-
-    @classmethod
-    def validate_inputs(cls, by: str, dino: str) -> bool | str:
-        return DINO_FILES.check(dino) if by == BY_DINO else True
-
-    @classmethod
-    def execute(cls, pictures, by, dino, index, generated=None, masks=None, clip_vision=None) -> io.NodeOutput:
-        if masks is not None and len(masks) != len(pictures):
-            raise ValueError(
-                f'There are {len(pictures)} pictures but {len(masks)} masks on "masks": connect one for each picture.'
-            )
-        text, chosen = choose(opaque(pictures), by, dino, index, generated, clip_vision)
-        picture = pictures[chosen : chosen + 1]
-        mask = torch.ones(picture.shape[:3]) if masks is None else masks[chosen : chosen + 1]
-        show_text(text, cls)
-        return io.NodeOutput(picture, mask, chosen, ui=ui.PreviewText(text))
-
-
-def choose(pictures, by: str, dino: str, index: int, generated, clip_vision) -> tuple[str, int]:
-    """A sentence about the choice and the number of the chosen picture. Raises ValueError for what is missing."""
-    if by == BY_INDEX:
-        if index >= len(pictures):
-            raise ValueError(f"index is {index}, and there are {len(pictures)} pictures, counted from 0: lower it.")
-        return f"Picture {index}, by hand.", index
-    if generated is None:
-        raise ValueError(f'To choose by {by}, connect the generated picture to "generated", or choose by index.')
-    if by == BY_CLIP and clip_vision is None:
-        raise ValueError('To choose by CLIP Vision, connect Load CLIP Vision to "clip_vision", or choose by index.')
-    generated = opaque(generated)
-    near = by_dino(dino, pictures, generated) if by == BY_DINO else by_clip(clip_vision, pictures, generated)
-    chosen = max(range(len(near)), key=near.__getitem__)
-    return f"Picture {chosen} by {by}; similarity of all: {', '.join(f'{value:.3f}' for value in near)}", chosen
 
 
 class AtelierAlignReference(io.ComfyNode):
@@ -283,4 +208,4 @@ class AtelierReferenceGuidance(io.ComfyNode):
         return io.NodeOutput(sampler, ui=ui.PreviewText(text))
 
 
-NODES = [AtelierPickReference, AtelierAlignReference, AtelierReferenceGuidance]
+NODES = [AtelierAlignReference, AtelierReferenceGuidance]

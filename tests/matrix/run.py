@@ -17,7 +17,12 @@ from pathlib import Path
 PACK = Path(__file__).resolve().parents[2]
 # The floor of ComfyUI and of this pack, the last of 4.x, and whatever is newest.
 VERSIONS = ("transformers==4.50.3", "transformers==4.57.6", "transformers")
-TESTS = ("tests/kernels/test_segmentation.py", "tests/kernels/test_detection.py", "tests/nodes/test_masks.py")
+TESTS = (
+    "tests/kernels/test_segmentation.py",
+    "tests/kernels/test_detection.py",
+    "tests/nodes/test_masks.py",
+    "tests/nodes/test_captions.py",
+)
 SHOW = "import transformers, huggingface_hub; print(transformers.__version__, huggingface_hub.__version__)"
 
 

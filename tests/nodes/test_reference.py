@@ -30,7 +30,8 @@ from concept_atelier.nodes.native import features
 from concept_atelier.nodes.native.guiders import Branch, GCFGGuider
 from concept_atelier.nodes.native.inversion import abar_of, model_fingerprint
 from concept_atelier.nodes.native.payload import concept_conditioning
-from concept_atelier.nodes.reference import AtelierAlignReference, AtelierPickReference, AtelierReferenceGuidance
+from concept_atelier.nodes.pick_reference import AtelierPickReference
+from concept_atelier.nodes.reference import AtelierAlignReference, AtelierReferenceGuidance
 from concept_atelier.nodes.toy import AtelierToyCheckpoint, to_batch
 from concept_atelier.toyworld.exemplars import subject_scenes
 from concept_atelier.toyworld.render import render_with_mask
@@ -531,7 +532,7 @@ def dino(tmp_path, monkeypatch):
 
 def pick(pictures, by="DINO", dino="tiny.pth", index=0, **more):
     output = AtelierPickReference.execute(pictures, by, dino, index, **more)
-    return *output.args, output.ui.value
+    return *output.args[:3], output.ui.value
 
 
 def test_the_picture_nearest_by_dino_is_chosen_with_its_mask(dino, world):
