@@ -30,9 +30,9 @@ def usual_errors(comfyui, tmp_path_factory):
         return set(page.errors)
 
 
-@pytest.fixture(params=["classic", "Nodes 2.0"])
+@pytest.fixture
 def page(server, request):
-    """The frontend in a fresh browser, with its nodes drawn in either way."""
+    """The frontend in a fresh browser, with its nodes drawn as `request.param` says."""
     from frontend import frontend
 
     with frontend(server.url) as opened:

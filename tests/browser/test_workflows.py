@@ -14,6 +14,7 @@ if CHROMIUM is None:
 
 WORKFLOWS = sorted(path.stem for path in (PACK / "workflows").glob("*.json"))
 PANEL = ".concept-atelier-panel"
+DRAWINGS = ("classic", "Nodes 2.0")
 TRAINING = ("AtelierTrain", "AtelierTrainNullText")
 
 
@@ -21,7 +22,12 @@ def types_of(prompt):
     return {i: node["class_type"] for i, node in prompt.items()}
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+# Every workflow in one of the two ways of drawing, by turns: both for each would take twenty minutes.
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [(DRAWINGS[number % len(DRAWINGS)], name) for number, name in enumerate(WORKFLOWS)],
+    indirect=["page"],
+)
 def test_opens_runs_and_shows_its_progress(page, usual_errors, tmp_path, name):
     page.open_template(PACK_NAME, name)
     shipped = json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
@@ -33,8 +39,7 @@ def test_opens_runs_and_shows_its_progress(page, usual_errors, tmp_path, name):
     page.set_widgets(prompts.SMALL)
     assert page.prompt() == prompts.small(prompts.shipped(name))
     # Another one each time: a run that is done, by another workflow even, would return at once.
-    seed = 1000 * (1 + WORKFLOWS.index(name)) + len(page.drawing)
-    page.set_widgets({kind: {"seed": seed} for kind in TRAINING})
+    page.set_widgets({kind: {"seed": 1000 * (1 + WORKFLOWS.index(name))} for kind in TRAINING})
     page.listen()
     page.queue()
     assert page.wait_for_end(900) == "success"
@@ -52,6 +57,7 @@ def test_opens_runs_and_shows_its_progress(page, usual_errors, tmp_path, name):
     assert [error for error in page.errors if error not in usual_errors] == []
 
 
+@pytest.mark.parametrize("page", DRAWINGS, indirect=True)
 def test_stop_and_keep_ends_the_training_and_goes_on(page):
     page.load(json.loads((PACK / "workflows" / "adi_toy.json").read_text(encoding="utf-8")))
     page.set_widgets(prompts.SMALL)
