@@ -135,6 +135,11 @@ class ComfyServer:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return json.load(answer)
 
+    def forget(self) -> None:
+        """Clear the cache of node results and unload all models, as running other workflows would."""
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(1)  # the worker does it when it is idle; a prompt that comes before would still find the cache
+
     def post(self, path: str, data: dict[str, Any]) -> tuple[int, Any]:
         """POST JSON: status and parsed answer (None for an empty one)."""
         request = urllib.request.Request(

@@ -61,12 +61,6 @@ def at_step(step, action):
     return look
 
 
-@pytest.fixture
-def forget(server):
-    """Clears the server's cache of node results, as running other workflows would."""
-    return lambda: server.post("/free", {"unload_models": True, "free_memory": True})
-
-
 def test_cancel_keeps_the_work_and_the_same_prompt_goes_on(server):
     prompt = training(steps=MANY, name="cancelled")
     outcome = server.run(prompt, at_step(3, lambda: server.post("/interrupt", {})))
@@ -83,16 +77,16 @@ def test_cancel_keeps_the_work_and_the_same_prompt_goes_on(server):
     assert resumed.outputs["picture"]["images"]
 
 
-def test_stopped_and_finished_runs_return_at_once(server, forget):
+def test_stopped_and_finished_runs_return_at_once(server):
     prompt = training(steps=MANY, name="stopped")
     stopped = server.run(prompt, at_step(3, lambda: server.post("/concept-atelier/stop", {"node": "train"})))
     assert stopped.status == "success", stopped.error
-    forget()
+    server.forget()
     again = server.run(prompt)
     assert (again.status, again.training) == ("success", []), again.error
 
     assert server.run(training(name="finished")).training[-1]["step"] == 4
-    forget()
+    server.forget()
     again = server.run(training(name="finished"))
     assert (again.status, again.training) == ("success", [])
     longer = server.run(training(name="finished", steps=6))

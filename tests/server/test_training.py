@@ -1,7 +1,6 @@
 """Training through /prompt: cancel, resume, stop and keep, instant return, files that can be loaded."""
 
 import prompts
-import pytest
 from comfy_server import TINY_CHECKPOINT
 
 MANY = 200_000  # steps, more than a test waits for
@@ -17,12 +16,6 @@ def at_step(step, action):
             action()
 
     return look
-
-
-@pytest.fixture
-def forget(server):
-    """Clears the server's cache of node results, as running other workflows would."""
-    return lambda: server.post("/free", {"unload_models": True, "free_memory": True})
 
 
 def test_cancel_keeps_the_work_and_the_same_prompt_goes_on(server):
@@ -41,11 +34,11 @@ def test_cancel_keeps_the_work_and_the_same_prompt_goes_on(server):
     assert resumed.training[-1]["step"] < MANY
 
 
-def test_stopped_and_finished_runs_return_at_once(server, forget):
+def test_stopped_and_finished_runs_return_at_once(server):
     prompt = prompts.training(steps=MANY, name="stopped")
     stopped = server.run(prompt, at_step(3, lambda: server.post("/concept-atelier/stop", {"node": "train"})))
     assert stopped.status == "success", stopped.error
-    forget()
+    server.forget()
     again = server.run(prompt)
     assert again.status == "success", again.error
     assert "train" in again.executed
@@ -53,17 +46,17 @@ def test_stopped_and_finished_runs_return_at_once(server, forget):
 
     finished = prompts.training(steps=4, name="finished")
     assert server.run(finished).training[-1]["step"] == 4
-    forget()
+    server.forget()
     again = server.run(finished)
     assert (again.status, again.training) == ("success", [])
 
 
-def test_a_run_is_found_again_when_its_checkpoint_is_loaded_anew(server, forget):
+def test_a_run_is_found_again_when_its_checkpoint_is_loaded_anew(server):
     prompt = prompts.training(steps=3, name="reloaded", init_word="person", sample_eta=0.0)
     prompt["toy"] = prompts.node("CheckpointLoaderSimple", ckpt_name=TINY_CHECKPOINT)
     assert server.run(prompt).training[-1]["step"] == 3
     for _ in range(3):
-        forget()
+        server.forget()
         again = server.run(prompt)
         assert (again.status, again.training) == ("success", [])
 

@@ -27,7 +27,7 @@ def test_all_workflows_are_here():
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_it_runs_and_returns_at_once_the_second_time(server, name):
-    server.post("/free", {"unload_models": True, "free_memory": True})  # another workflow may train the same
+    server.forget()  # another workflow may train the same
     shutil.rmtree(server.folder / "output" / "concept_atelier" / "runs", ignore_errors=True)
     prompt = prompts.small(prompts.shipped(name))
     outcome = server.run(prompt)
