@@ -34,9 +34,7 @@ def cover(images: Tensor, height: int, width: int) -> Tensor:
 
 def cover_mask(mask: Tensor, picture_size: tuple[int, int], height: int, width: int) -> Tensor:
     """A mask (h, w) that belongs to a picture of `picture_size` (H, W), cut like `cover` cuts that picture."""
-    mask = mask[None, None].float()
-    if mask.shape[2:] != picture_size:
-        mask = torch.nn.functional.interpolate(mask, size=picture_size, mode="bilinear", antialias=True)
+    mask = resized_mask(mask, picture_size)[None, None].float()
     return comfy.utils.common_upscale(mask, width, height, "bilinear", "center")[0, 0].clamp(0, 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_server import SD_ACTION_PICTURES, SD_CHECKPOINT
 from workflow_builder import LEARN, LOOK, PAINT, PICTURES, Workflow
-from workflow_parts import SD_CHECKPOINT_SOURCE, TOY_SAMPLING
+from workflow_parts import SD_CHECKPOINT_SOURCE, TOY_SAMPLING, sd_look, sd_painting
 
 SD_OTHER_ACTIONS = "stands\nsits\nwalks\nlies down\njumps\nwaves"
 SD_NEGATIVE = "blurry, deformed, extra limbs"
@@ -215,38 +215,8 @@ def adi_sd() -> Workflow:
             text="a photo of a panda <action>",
             concepts__concept0=trained["concept"],
         )
-        negative = w.node(
-            "CLIPTextEncode", "Negative prompt", node_size=(360, 100), clip=loader["CLIP"], text=SD_NEGATIVE
-        )
-        latent = w.node("EmptyLatentImage", width=512, height=512, batch_size=4)
-        w.column()
-        sampled = w.node(
-            "KSampler",
-            model=applied["MODEL"],
-            positive=positive["CONDITIONING"],
-            negative=negative["CONDITIONING"],
-            latent_image=latent["LATENT"],
-            seed=1,
-            **SD_SAMPLING,
-        )
-        decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=loader["VAE"])
-        w.node("SaveImage", node_size=(420, 460), images=decoded["IMAGE"], filename_prefix="concept_atelier/action")
+        painting = sd_painting(w, loader, applied, positive, SD_NEGATIVE, "action")
     with w.group("5  Where the word looks", LOOK):
         w.note("*words*: any words of the prompt. *layers*: coarse ones place things, fine ones draw them.", 110)
-        w.node(
-            "AtelierAttentionMaps",
-            room=320,
-            model=applied["MODEL"],
-            positive=positive["CONDITIONING"],
-            negative=negative["CONDITIONING"],
-            latent_image=latent["LATENT"],
-            vae=loader["VAE"],
-            words="<action>",
-            seed=1,
-            **SD_SAMPLING,
-        )
+        sd_look(w, painting, "<action>")
     return w
-
-
-# ADI section 5.1: DDIM, 50 steps, guidance 7.5.
-SD_SAMPLING = {"steps": 50, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}

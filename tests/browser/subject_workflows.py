@@ -13,6 +13,8 @@ from workflow_parts import (
     load_segmenters,
     mask_by_text,
     sd_checkpoint,
+    sd_look,
+    sd_painting,
     toy_prompt,
 )
 
@@ -154,36 +156,10 @@ def subject_sd() -> Workflow:
         w.note("`<subject>` is the word you taught. Any sampler, LoRA or ControlNet works as always.", 110)
         applied = w.node("AtelierApplyConcepts", model=loader["MODEL"])
         positive = concept_prompt(w, loader, "Prompt", SD_PROMPT, trained)
-        negative = w.node(
-            "CLIPTextEncode", "Negative prompt", node_size=(360, 100), clip=loader["CLIP"], text="blurry, deformed"
-        )
-        latent = w.node("EmptyLatentImage", width=512, height=512, batch_size=4)
-        w.column()
-        sampled = w.node(
-            "KSampler",
-            model=applied["MODEL"],
-            positive=positive["CONDITIONING"],
-            negative=negative["CONDITIONING"],
-            latent_image=latent["LATENT"],
-            seed=1,
-            **SD_SAMPLING,
-        )
-        decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=loader["VAE"])
-        w.node("SaveImage", node_size=(420, 460), images=decoded["IMAGE"], filename_prefix="concept_atelier/subject")
+        painting = sd_painting(w, loader, applied, positive, "blurry, deformed", "subject")
     with w.group("4  Where it looks", LOOK):
         w.note("*words*: `<subject>`, or any words of the prompt.", 110)
-        w.node(
-            "AtelierAttentionMaps",
-            room=320,
-            model=applied["MODEL"],
-            positive=positive["CONDITIONING"],
-            negative=negative["CONDITIONING"],
-            latent_image=latent["LATENT"],
-            vae=loader["VAE"],
-            words="<subject>",
-            seed=1,
-            **SD_SAMPLING,
-        )
+        sd_look(w, painting, "<subject>")
     return w
 
 
@@ -261,4 +237,3 @@ SD_KIND = "a dog"
 SD_PROMPT = "a photo of a <subject> on a beach"
 # HiFi Tuner section 3.2 and Algorithm 1; its guidance is not in the paper.
 SD_TRAINING = {"steps": 1000, "learning_rate": 5e-3, "weight_decay": 0.0, "steps_each_stage": 10}
-SD_SAMPLING = {"steps": 50, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}

@@ -101,6 +101,40 @@ def sd_checkpoint(w: Workflow) -> Node:
     return w.node("CheckpointLoaderSimple", properties={"models": [SD_CHECKPOINT_SOURCE]}, ckpt_name=SD_CHECKPOINT)
 
 
+# ADI section 5.1, HiFi Tuner: DDIM, 50 steps, guidance 7.5.
+SD_SAMPLING = {"steps": 50, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}
+
+
+class Painting(NamedTuple):
+    """What KSampler painted from on a checkpoint, for those who look where words look."""
+
+    loader: Node
+    inputs: dict[str, Link]
+
+
+def sd_painting(w: Workflow, loader: Node, applied: Node, positive: Node, negative: str, name: str) -> Painting:
+    """Four pictures of a prompt on a checkpoint, saved under `name`. negative: the negative prompt."""
+    against = w.node("CLIPTextEncode", "Negative prompt", node_size=(360, 100), clip=loader["CLIP"], text=negative)
+    latent = w.node("EmptyLatentImage", width=512, height=512, batch_size=4)
+    inputs = {
+        "model": applied["MODEL"],
+        "positive": positive["CONDITIONING"],
+        "negative": against["CONDITIONING"],
+        "latent_image": latent["LATENT"],
+    }
+    w.column()
+    sampled = w.node("KSampler", **inputs, seed=1, **SD_SAMPLING)
+    decoded = w.node("VAEDecode", samples=sampled["LATENT"], vae=loader["VAE"])
+    w.node("SaveImage", node_size=(420, 460), images=decoded["IMAGE"], filename_prefix=f"concept_atelier/{name}")
+    return Painting(loader, inputs)
+
+
+def sd_look(w: Workflow, painting: Painting, words: str) -> None:
+    """Where `words` look in those pictures."""
+    vae = painting.loader["VAE"]
+    w.node("AtelierAttentionMaps", room=320, **painting.inputs, vae=vae, words=words, seed=1, **SD_SAMPLING)
+
+
 def concept_prompt(w: Workflow, loader: Node, title: str, text: str | Link, *trained: Node) -> Node:
     """A prompt that may name what was trained."""
     concepts = {f"concepts__concept{number}": node["concept"] for number, node in enumerate(trained)}

@@ -11,10 +11,8 @@ from concept_atelier.kernels.backbone import TextContext
 from concept_atelier.kernels.concept import Concept
 from concept_atelier.kernels.conditioning import StagedContext
 from concept_atelier.kernels.layouts import Layout
-from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
-from concept_atelier.nodes.native.backbone import cross_attention_layers
 from concept_atelier.nodes.native.payload import KEY, contexts_at
-from concept_atelier.nodes.native.text import describe_clip
+from prompting import encode, make_concept, route, stock_encode
 
 import nodes as comfy_nodes
 
@@ -25,26 +23,6 @@ ONE_TOKEN, PER_LAYER, STAGED = Layout(), Layout("layer"), Layout("prompt", stage
 def inference_mode():
     with torch.inference_mode():
         yield
-
-
-def make_concept(tiny, layout, name="salute"):
-    kind, layers = describe_clip(tiny.clip), cross_attention_layers(tiny.model)
-    generator = torch.Generator().manual_seed(0)
-    shape = (layout.bind(layers).slots, layout.tokens)
-    vectors = {tower: torch.randn(*shape, width, generator=generator) for tower, width in kind.towers.items()}
-    return Concept(name, vectors, layout, kind.family, layers)
-
-
-def encode(clip, text, *concepts):
-    return AtelierTextEncode.execute(clip, text, {f"concept{i}": c for i, c in enumerate(concepts)})[0]
-
-
-def stock_encode(clip, text):
-    return comfy_nodes.CLIPTextEncode().encode(clip, text)[0]
-
-
-def route(model):
-    return AtelierApplyConcepts.execute(model)[0]
 
 
 def sample(model, positive, negative, steps=2):
@@ -61,7 +39,8 @@ def sd1(tiny):
 
 @pytest.fixture
 def prompts(sd1):
-    return encode(sd1.clip, "a man <salute> on grass", make_concept(sd1, PER_LAYER)), stock_encode(sd1.clip, "blurry")
+    concept = make_concept(sd1, "salute", PER_LAYER)
+    return encode(sd1.clip, "a man <salute> on grass", concept), stock_encode(sd1.clip, "blurry")
 
 
 @pytest.mark.parametrize("text", ["a man on grass", "a (red:1.3) ball, [thing] \\(x\\)", "", "word " * 100])
@@ -73,12 +52,12 @@ def test_a_prompt_without_concepts_is_the_stock_encoding(any_tiny, text):
 
 
 def test_unused_concepts_do_nothing(sd1):
-    concept = make_concept(sd1, PER_LAYER)
+    concept = make_concept(sd1, "salute", PER_LAYER)
     assert torch.equal(encode(sd1.clip, "a man", concept)[0][0], stock_encode(sd1.clip, "a man")[0][0])
 
 
 def test_one_token_needs_no_routing(sd1):
-    positive = encode(sd1.clip, "a man <salute>", make_concept(sd1, ONE_TOKEN))
+    positive = encode(sd1.clip, "a man <salute>", make_concept(sd1, "salute", ONE_TOKEN))
     negative = stock_encode(sd1.clip, "blurry")
     assert "model_conds" not in positive[0][1]
     assert torch.equal(sample(sd1.model, positive, negative), sample(route(sd1.model), positive, negative))
@@ -156,7 +135,7 @@ def test_a_model_without_cross_attention_refuses():
 
 
 def test_stages_need_timesteps(sd1):
-    positive = encode(sd1.clip, "a man <salute>", make_concept(sd1, STAGED))
+    positive = encode(sd1.clip, "a man <salute>", make_concept(sd1, "salute", STAGED))
     negative = stock_encode(sd1.clip, "blurry")
     edm = ModelSamplingContinuousEDM().patch(sd1.model, "eps", 14.6, 0.03)[0]
     with pytest.raises(ValueError, match="does not count"):
@@ -181,7 +160,7 @@ def test_payload_stays_on_the_cpu_and_out_of_the_stock_keys(prompts):
 
 
 def test_bad_prompts_and_concepts(tiny, sd1):
-    concept = make_concept(sd1, PER_LAYER)
+    concept = make_concept(sd1, "salute", PER_LAYER)
     with pytest.raises(ValueError, match=r"asks for <wave>.*<salute>"):
         encode(sd1.clip, "a man <wave>", concept)
     with pytest.raises(ValueError, match="none is connected"):
@@ -196,7 +175,7 @@ def test_bad_prompts_and_concepts(tiny, sd1):
 
 
 def test_weights_reach_placeholders(sd1):
-    concept = make_concept(sd1, ONE_TOKEN)
+    concept = make_concept(sd1, "salute", ONE_TOKEN)
     plain, weighted = (encode(sd1.clip, text, concept)[0][0] for text in ("a <salute>", "a (<salute>:1.5)"))
     changed = (plain != weighted).any(dim=-1)[0]
     assert changed.nonzero().flatten().tolist() == [2]
