@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.heatmaps import resize
-from .patches import watch_cross_attention
+from .patches import by_head, watch_cross_attention
 from .payload import WORDS, Conditioning
 
 KEY = "concept_atelier_attention"
@@ -152,7 +152,7 @@ def word_attention(q: Tensor, k: Tensor, heads: int, positions: Sequence[int], l
 
     q: (B, h * w, heads * d). k: (B, tokens, heads * d).
     """
-    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+    q, k = by_head(q, heads), by_head(k, heads)
     p = (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     copies = k.shape[-2] // length
     p = p[..., : copies * length].unflatten(-1, (copies, length)).sum(-2)
