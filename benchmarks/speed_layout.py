@@ -103,7 +103,7 @@ def run(quick: bool) -> None:
     print(f"Layout guidance, 5 moves in each guided step, CPU, {torch.get_num_threads()} threads")
     measured = [
         Layouts(Task("toy", 8, 2 if quick else 5), 50),
-        Layouts(Task("sd1", 16 if quick else 32, 1 if quick else 3), 5 if quick else 10),
+        Layouts(Task("sd1", 16 if quick else 64, 1), 5),
     ]
     ratios = [print_table(layouts, measure(layouts)) for layouts in measured]
     print(f"\nguided / plain: {', '.join(f'{ratio:.2f}' for ratio in ratios)} (target: at most {TARGET})")

@@ -1,4 +1,4 @@
-"""Maps of attention as pictures, in colours that colour-blind eyes tell apart."""
+"""Maps of attention: their size in the U-Net, and as pictures in colours that colour-blind eyes tell apart."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ VIRIDIS = torch.tensor(
         (253, 231, 37),
     ]
 ) / 255.0  # fmt: skip
+
+
+def map_shape(level: int, height: int, width: int) -> tuple[int, int]:
+    """(h, w) of the U-Net's maps after `level` halvings of its latents (height, width), odd sizes rounded up."""
+    return -(-height // 2**level), -(-width // 2**level)
+
+
+def map_level(places: int, height: int, width: int) -> int:
+    """How often latents (height, width) were halved to give maps of `places` places.
+
+    Raises ValueError when no halving gives that many.
+    """
+    for level in range(max(height, width).bit_length()):
+        h, w = map_shape(level, height, width)
+        if h * w == places:
+            return level
+    raise ValueError(
+        f"A layer of this model attends from {places} places, which no halving of its {width} x {height} latents "
+        "gives: remove the node that rescales inside the U-Net (such as Deep Shrink)."
+    )
 
 
 def resize(maps: Tensor, height: int, width: int) -> Tensor:

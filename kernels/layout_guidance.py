@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .backbone import Backbone, Layer
 from .conditioning import StagedContext
+from .heatmaps import map_level, map_shape
 from .prompts import Placeholder, Prompt
 
 
@@ -107,22 +108,6 @@ def guidance_layers(layers: Sequence[Layer]) -> tuple[Layer, ...]:
     return (*middle, *up[:size])
 
 
-def map_shape(places: int, height: int, width: int) -> tuple[int, int]:
-    """(h, w) of an attention map of `places` places over latents (height, width), halved any number of times.
-
-    Raises ValueError when no halving gives that many.
-    """
-    h, w = height, width
-    while h * w > max(places, 1):
-        h, w = -(-h // 2), -(-w // 2)
-    if h * w != places:
-        raise ValueError(
-            f"A layer of this model attends from {places} places, which no halving of its {width} x {height} latents "
-            "gives: remove the node that rescales inside the U-Net (such as Deep Shrink)."
-        )
-    return h, w
-
-
 def box_mask(boxes: Sequence[Box], h: int, w: int) -> Tensor:
     """M of Eq. 9: (h, w), 1 in the cells of the boxes and 0 elsewhere, at least one cell a box.
 
@@ -160,7 +145,7 @@ def layout_loss(
     losses = []
     for attention in maps:
         attention = attention.float()
-        h, w = map_shape(attention.shape[2], *size)
+        h, w = map_shape(map_level(attention.shape[2], *size), *size)
         for placement in placements:
             mask = box_mask(placement.boxes, h, w).to(attention.device).flatten().bool()
             a = attention[..., [tokens.index(token) for token in placement.tokens]]

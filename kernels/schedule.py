@@ -27,20 +27,10 @@ class NoiseSchedule:
         """abar at integer timesteps t (B,), shaped (B, 1, 1, 1) on the device of t."""
         return self.alphas_cumprod[t.cpu()].to(t.device, torch.float32).view(-1, 1, 1, 1)
 
-    def sigma(self, t: Tensor) -> Tensor:
-        """Noise level of k-diffusion, sqrt((1 - abar) / abar), at timesteps t (B,); shaped (B,)."""
-        abar = self.alphas_cumprod[t.cpu()]
-        return ((1 - abar) / abar).sqrt().to(t.device, torch.float32)
-
     def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t of clean latents x_0 (B, C, h, w) at timesteps t (B,) with noise eps."""
         abar = self.abar(t)
         return abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
-
-    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The clean latents that x_t and a noise prediction eps imply."""
-        abar = self.abar(t)
-        return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
 
     def eps_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """eps of a velocity prediction v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho 2022)."""

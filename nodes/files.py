@@ -10,7 +10,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..kernels.concept import load_concept, save_concept
-from .native.output_files import SUFFIX, check_file_name, free_name, register_folder
+from .native.output_files import SUFFIX, check_file_name, file_status, free_name, register_folder
 from .types import Concept
 
 FOLDER = "concept_atelier"  # the key of the concept files in ComfyUI's model folders
@@ -97,8 +97,7 @@ class AtelierLoadConcept(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file_name: str) -> tuple[int, int]:
-        status = Path(folder_paths.get_full_path_or_raise(FOLDER, file_name)).stat()
-        return status.st_mtime_ns, status.st_size
+        return file_status(folder_paths.get_full_path_or_raise(FOLDER, file_name))
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:

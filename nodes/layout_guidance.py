@@ -16,6 +16,7 @@ from .native.layout_predictor import (
     predictor_path,
 )
 from .native.live import show_text
+from .native.output_files import file_status
 from .types import Concept
 
 CATEGORY = "Concept Atelier/Layout"
@@ -232,8 +233,7 @@ class AtelierLayoutPredictor(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, predictor: str, **_) -> tuple[int, int]:
-        status = predictor_path(predictor).stat()
-        return status.st_mtime_ns, status.st_size
+        return file_status(predictor_path(predictor))
 
     @classmethod
     def execute(

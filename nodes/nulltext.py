@@ -15,6 +15,7 @@ from .native.output_files import (
     CONCEPT_MODELS,
     SUFFIX,
     check_file_name,
+    file_status,
     free_name,
     output_file,
     register_folder,
@@ -146,8 +147,7 @@ class AtelierLoadConceptModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file_name: str, **_other) -> tuple[int, int]:
-        status = Path(folder_paths.get_full_path_or_raise(CONCEPT_MODELS, file_name)).stat()
-        return status.st_mtime_ns, status.st_size
+        return file_status(folder_paths.get_full_path_or_raise(CONCEPT_MODELS, file_name))
 
     @classmethod
     def execute(cls, model, file_name: str) -> io.NodeOutput:

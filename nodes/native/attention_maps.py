@@ -11,8 +11,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...kernels.heatmaps import resize
-from .patches import by_head, watch_cross_attention
+from ...kernels.heatmaps import map_level, map_shape, resize
+from .patches import by_head, sampling_step, watch_cross_attention
 from .payload import WORDS, Conditioning
 
 KEY = "concept_atelier_attention"
@@ -83,9 +83,7 @@ class AttentionRecorder:
         self, executor: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> list[Tensor]:
         options = model_options["transformer_options"]
-        # A sampler may evaluate between two steps: such a call belongs to the step it started from.
-        step = int((options["sample_sigmas"].to(timestep) >= timestep[0] * (1 - 1e-4)).sum()) - 1
-        call = CallRecorder(self, max(step, 0))
+        call = CallRecorder(self, max(sampling_step(options, timestep), 0))
         for cond in conds[0]:
             positions = [at for at, word in enumerate(cond.get(WORDS, ())) if fold(word) in self.words]
             if positions and "area" in cond:
@@ -139,12 +137,12 @@ class CallRecorder:
         """Take the maps of the positive chunks out of q and k (B, tokens, heads * d)."""
         chunks = len(extra["uuids"])
         size = extra["original_shape"][-2:]
-        place = Place(self.step, extra["block"][0], level_of(q.shape[-2], *size))
+        place = Place(self.step, extra["block"][0], map_level(q.shape[-2], *size))
         for uuid, q_chunk, k_chunk in zip(extra["uuids"], q.chunk(chunks), k.chunk(chunks)):
             positions, length = self.prompts.get(uuid, ((), 0))  # a negative is not among them
             if positions and self.recorder.wants(place):
                 maps = word_attention(q_chunk, k_chunk, heads, positions, length)
-                self.recorder.add(place, maps.unflatten(-1, level_shape(place.level, *size)))
+                self.recorder.add(place, maps.unflatten(-1, map_shape(place.level, *size)))
 
 
 def word_attention(q: Tensor, k: Tensor, heads: int, positions: Sequence[int], length: int) -> Tensor:
@@ -157,23 +155,3 @@ def word_attention(q: Tensor, k: Tensor, heads: int, positions: Sequence[int], l
     copies = k.shape[-2] // length
     p = p[..., : copies * length].unflatten(-1, (copies, length)).sum(-2)
     return p[..., list(positions)].sum(-1).mean(1)
-
-
-def level_shape(level: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the U-Net's maps after `level` halvings, odd sizes rounded up."""
-    return -(-height // 2**level), -(-width // 2**level)
-
-
-def level_of(pixels: int, height: int, width: int) -> int:
-    """How often latents (height, width) were halved to give maps of `pixels` places.
-
-    Raises ValueError when no halving gives that many.
-    """
-    for level in range(max(height, width).bit_length()):
-        rows, columns = level_shape(level, height, width)
-        if rows * columns == pixels:
-            return level
-    raise ValueError(
-        f"A layer of this MODEL attends from {pixels} places, which no halving of its {width} x {height} latents "
-        "gives: remove the node that rescales inside the U-Net (such as Deep Shrink)."
-    )

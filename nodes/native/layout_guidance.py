@@ -25,7 +25,7 @@ from ...kernels.layout_guidance import Box, LayoutGuidance, Placement, guidance_
 from .attention_maps import find_words, fold
 from .backbone import cross_attention_layers, model_family
 from .gradients import attention_with_backward, differentiable_model, leave_inference
-from .patches import ATTENTION, by_head, check_watched, layer_of_call, watch_cross_attention
+from .patches import ATTENTION, by_head, check_watched, layer_of_call, sampling_step, watch_cross_attention
 from .payload import WORDS, Conditioning
 
 KEY = "concept_atelier_layout"
@@ -152,10 +152,7 @@ class LayoutGuide:
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None = None
     ) -> Tensor:
         """The PREDICT_NOISE wrapper. x, which is changed: (B, C, h, w) in ComfyUI's units at sigma `timestep` (B,)."""
-        sigmas = model_options["transformer_options"]["sample_sigmas"]
-        # A sampler may evaluate between two steps: such a call belongs to the step it started from.
-        step = int((sigmas.to(timestep) >= timestep[0] * (1 - 1e-4)).sum()) - 1
-        if step < self.settings.steps:
+        if sampling_step(model_options["transformer_options"], timestep) < self.settings.steps:
             guider = executor.class_obj
             every = [cond for conds in guider.conds.values() for cond in conds or () if cond.get(WORDS) in self.placed]
             if not every:

@@ -1,4 +1,4 @@
-"""What the nodes write: where runs are kept, and files of our own that are offered in every workflow."""
+"""Files of the nodes: where runs are kept, files of our own that are offered in every workflow, and their changes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def register_folder(key: str) -> None:
 def output_file(key: str, name: str) -> Path:
     """Where a file of model folder `key` is written."""
     return Path(folder_paths.get_output_directory()) / key / f"{name}{SUFFIX}"
+
+
+def file_status(path: str | Path) -> tuple[int, int]:
+    """What changes when a file does, for a node's fingerprint_inputs."""
+    status = Path(path).stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def runs_folder() -> Path:

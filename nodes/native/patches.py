@@ -18,6 +18,15 @@ def layer_of_call(extra_options: Mapping[str, Any]) -> Layer:
     return Layer(block, number, extra_options["block_index"])
 
 
+def sampling_step(transformer_options: Mapping[str, Any], timestep: Tensor) -> int:
+    """The step, from 0, in which the model is called at noise level `timestep` (B,); -1 above the first level.
+
+    A sampler may evaluate between two steps: such a call belongs to the step it started from.
+    """
+    sigmas = transformer_options["sample_sigmas"].to(timestep)
+    return int((sigmas >= timestep[0] * (1 - 1e-4)).sum()) - 1
+
+
 def with_patch(transformer_options: dict[str, Any], name: str, patch: Callable, first: bool = False) -> dict[str, Any]:
     """A copy of transformer_options with one more patch of that name, behind the others or before them."""
     patches = transformer_options.get("patches", {})

@@ -20,10 +20,11 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...kernels.backbone import Layer
+from ...kernels.heatmaps import map_shape
 from ...kernels.inversion import reconstruct, stage_starts
 from ...kernels.replacement import MAPS_DTYPE, Columns, match_columns
 from ...kernels.trajectory import Trajectory
-from .attention_maps import fold, level_shape
+from .attention_maps import fold
 from .backbone import cross_attention_layers
 from .fixed_attention import Maps, seen_in, with_fixed_columns
 from .inversion import InversionGuider, check_invertible, model_fingerprint, predictions
@@ -133,7 +134,7 @@ def maps_bytes(model: ModelPatcher, size: tuple[int, int], tokens: int) -> int:
     numbers = 0
     for layer, module in zip(cross_attention_layers(model), _cross_attention(unet)):
         level = {"input": down, "middle": down[-1:], "output": [down[-1] - u for u in up]}[layer.block][layer.number]
-        height, width = level_shape(level, *size)
+        height, width = map_shape(level, *size)
         numbers += module.heads * height * width * tokens
     return numbers * MAPS_DTYPE.itemsize
 

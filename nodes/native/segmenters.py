@@ -93,9 +93,8 @@ DINO_FILES = ModelFiles(
 )
 
 
-def register_folders() -> None:
-    """Let ComfyUI look where these models are kept."""
-    SAM_FILES.register()
+def register_detector_folders() -> None:
+    """Let ComfyUI look where GroundingDINO and the vocabulary of its text encoder are kept."""
     DINO_FILES.register()
     folder_paths.add_model_folder_path(VOCABULARY_FOLDER, str(Path(folder_paths.models_dir) / VOCABULARY_FOLDER))
 

@@ -18,7 +18,6 @@ from concept_atelier.kernels.layout_guidance import (
     guidance_layers,
     guide_layout,
     layout_loss,
-    map_shape,
     move_latents,
     phrase_positions,
 )
@@ -124,12 +123,6 @@ def test_masks_have_at_least_one_cell_and_round_to_the_nearest_border():
 def test_boxes_that_cannot_be_used_are_refused(box, what):
     with pytest.raises(ValueError, match=f'box of "a cat" goes from x .* {what}'):
         box.check("a cat")
-
-
-def test_shapes_of_maps():
-    assert [map_shape(n, 9, 13) for n in (117, 35, 12, 4)] == [(9, 13), (5, 7), (3, 4), (2, 2)]
-    with pytest.raises(ValueError, match="50 places"):
-        map_shape(50, 9, 13)
 
 
 @pytest.mark.parametrize(

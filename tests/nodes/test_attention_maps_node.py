@@ -3,11 +3,11 @@
 import pytest
 import torch
 from concept_atelier.kernels.concept import Concept
-from concept_atelier.kernels.heatmaps import VIRIDIS, colour, overlay, resize, stretch
+from concept_atelier.kernels.heatmaps import colour
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
 from concept_atelier.nodes.attention import LAYER_GROUPS, AtelierAttentionMaps
-from concept_atelier.nodes.native.attention_maps import AttentionRecorder, Place, find_words, level_of
+from concept_atelier.nodes.native.attention_maps import AttentionRecorder, Place, find_words
 from concept_atelier.nodes.native.backbone import cross_attention_layers
 from concept_atelier.nodes.native.payload import WORDS
 from concept_atelier.nodes.native.text import describe_clip
@@ -208,23 +208,3 @@ def test_other_attention_overrides_stay_in_effect(scene):
     model.model_options["transformer_options"]["optimized_attention_override"] = counted
     look((model, *scene[1:]), "grass", steps=(0, 0))
     assert len(calls) == 2 * 16 * STEPS  # self- and cross-attention of every layer
-
-
-def test_levels_of_odd_sizes():
-    assert [level_of(n, 9, 13) for n in (117, 35, 12, 4)] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="50 places"):
-        level_of(50, 9, 13)
-
-
-def test_heatmaps():
-    maps = torch.arange(12.0).view(1, 3, 4)
-    assert stretch(maps).aminmax() == (0, 1)
-    assert torch.equal(stretch(torch.ones(1, 2, 2)), torch.zeros(1, 2, 2))
-    assert resize(maps, 6, 8).shape == (1, 6, 8)
-    shades = colour(torch.linspace(0, 1, 100).view(1, 1, 100))[0, 0]
-    assert torch.allclose(shades[[0, -1]], VIRIDIS[[0, -1]])
-    luminance = shades @ torch.tensor([0.2126, 0.7152, 0.0722])
-    assert (luminance.diff() > 0).all()
-    pictures = torch.rand(1, 3, 4, 3)
-    assert torch.equal(overlay(pictures, stretch(maps), 0.0), pictures)
-    assert torch.allclose(overlay(pictures, stretch(maps), 1.0), colour(stretch(maps)))

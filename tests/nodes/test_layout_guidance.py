@@ -277,7 +277,8 @@ def test_the_loss_is_that_of_the_backbone(tiny):
             backbone.predict_noise(x_t, torch.tensor([500]), context)
         maps = [a for by in recorded.maps.values() for a in by]
         expected = layout_loss(maps, objects[0].tokens, objects, (16, 16))
-        sigma = float(backbone.schedule.sigma(torch.tensor([500])))
+        abar = float(backbone.schedule.alphas_cumprod[500])
+    sigma = ((1 - abar) / abar) ** 0.5
     guide = LayoutGuide({words: objects}, LayoutGuidance(), layers)
     got = loss_and_gradient(guide, model, positive, x_t * (1 + sigma**2) ** 0.5, sigma)[0]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)

@@ -16,14 +16,9 @@ from comfy_extras.nodes_rtdetr import DrawBBoxes
 from concept_atelier.kernels.detection import detect
 from concept_atelier.kernels.grounding_dino import build_with_transformers
 from concept_atelier.kernels.published_weights import PublishedWeights
-from concept_atelier.nodes import masks
-from concept_atelier.nodes.masks import (
-    AtelierDetect,
-    AtelierGroundingDINOLoader,
-    AtelierSAMEncode,
-    AtelierSAMLoader,
-    AtelierSAMMask,
-)
+from concept_atelier.nodes import detection, masks
+from concept_atelier.nodes.detection import AtelierDetect, AtelierGroundingDINOLoader
+from concept_atelier.nodes.masks import AtelierSAMEncode, AtelierSAMLoader, AtelierSAMMask
 from concept_atelier.nodes.native import segmenters
 from concept_atelier.nodes.native.boxes import boxes_by_picture, corners, read_points
 from safetensors.torch import save_file
@@ -65,7 +60,8 @@ def models(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    segmenters.register_folders()
+    segmenters.SAM_FILES.register()
+    segmenters.register_detector_folders()
     return tmp_path
 
 
@@ -158,7 +154,7 @@ class SilentServer:
 def test_moving_a_point_runs_the_mask_alone(sam, monkeypatch, tmp_path):
     """Through ComfyUI's own executor, which keeps what the slow nodes gave."""
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
-    for node in (*masks.NODES, MaskPreview):
+    for node in (*masks.NODES, *detection.NODES, MaskPreview):
         monkeypatch.setitem(comfy_nodes.NODE_CLASS_MAPPINGS, node.GET_SCHEMA().node_id, node)
     prompt = {
         "picture": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 2, "color": 255}},

@@ -1,0 +1,21 @@
+"""How tests compare results: pictures up to rounding, weights to the bit."""
+
+import hashlib
+
+from tiny_models import TinyModel
+from torch import Tensor
+
+
+def relative(ours: Tensor, reference: Tensor) -> float:
+    """Largest difference over largest value; both of the same shape."""
+    assert ours.shape == reference.shape
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+def digest(parts: TinyModel) -> str:
+    """A hash of every weight of MODEL, CLIP and VAE, without their patches."""
+    hashes = hashlib.sha256()
+    for part in (parts.model.model, parts.clip.cond_stage_model, parts.vae.first_stage_model):
+        for weight in part.state_dict().values():
+            hashes.update(weight.numpy().tobytes())
+    return hashes.hexdigest()
