@@ -37,8 +37,14 @@ class Objective:
 
     @classmethod
     def of(cls, terms: Sequence[LossTerm], learning: Learning) -> Objective:
-        """Bind the terms of a run. One of weight 0 is left out, so that it costs nothing and changes no bit."""
+        """Bind the terms of a run. One of weight 0 is left out, so that it costs nothing and changes no bit.
+
+        Raises ValueError for two of a kind, which would share what they show and keep.
+        """
         bound = [term for term in (term.bind(learning) for term in terms) if term.weight]
+        labels = [term.label for term in bound]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f'Two loss terms are of one kind, "{twice}": connect a single one of each kind.')
         return cls(
             math.prod(term.denoising_weight for term in terms),
             tuple(term for term in bound if isinstance(term, PictureTerm)),

@@ -12,6 +12,7 @@ from .native.layout_predictor import (
     learn_predictor,
     open_predictor,
     phrase_embedding,
+    plain_noun,
     predictor_names,
     predictor_path,
 )
@@ -39,24 +40,26 @@ def split_phrases(words: str) -> list[str]:
 def read_layout(words: str, bboxes, width: int, height: int) -> dict[str, tuple[Box, ...]]:
     """{phrase: its boxes} of a picture. bboxes: core's boxes in pixels, or None for the constant two-object layout.
 
-    Words that are labels take the boxes of these labels; other words take the boxes in their order. Without words,
-    every label is a phrase. Raises ValueError when words and boxes do not match.
+    Words that are labels, whatever their article and capitals, take the boxes of these labels; where boxes have no
+    labels, words take them in their order. Without words, every label is a phrase. Raises ValueError when words and
+    boxes do not match.
     """
     phrases = split_phrases(words)
     if bboxes is None:
-        if len(phrases) != 2:
+        if len(phrases) != 2 or phrases[0] == phrases[1]:
             raise ValueError(
-                f"Without boxes the layout has two places, left and right, and words names {len(phrases)}: name two "
-                "things, parted by a comma, or connect bboxes."
+                f'Without boxes the layout has two places, left and right, and words says "{words}": name two '
+                "different things, parted by a comma, or connect bboxes."
             )
         return {phrase: (box,) for phrase, box in zip(phrases, TWO_OBJECTS)}
     drawn = boxes_by_picture(bboxes, 1)[0]
     labels = [box.get("label", "").strip() for box in drawn]
-    if not phrases and "" in labels:
-        raise ValueError("A box on bboxes has no label: name the things in words, in the order of the boxes.")
-    if set(phrases) <= set(labels):
-        named = [(label, box) for label, box in zip(labels, drawn) if not phrases or label in phrases]
-        phrases, drawn = [label for label, _ in named], [box for _, box in named]
+    if not phrases:
+        if "" in labels:
+            raise ValueError("A box on bboxes has no label: name the things in words, in the order of the boxes.")
+        phrases = labels
+    elif any(labels):
+        phrases, drawn = chosen_by_label(phrases, labels, drawn)
     if len(drawn) != len(phrases) or not drawn:
         raise ValueError(
             f"bboxes has {len(drawn)} boxes and words names {len(phrases)} things: draw one box for each thing, in the "
@@ -68,6 +71,18 @@ def read_layout(words: str, bboxes, width: int, height: int) -> dict[str, tuple[
         found = Box(x, y, x + box["width"] / width, y + box["height"] / height)
         layout[phrase] = (*layout.get(phrase, ()), found)
     return layout
+
+
+def chosen_by_label(phrases: list[str], labels: list[str], drawn: list[dict]) -> tuple[list[str], list[dict]]:
+    """The phrase and the box of every label that is one of `phrases`. Raises ValueError for a phrase without a box."""
+    by_name = {plain_noun(phrase): phrase for phrase in phrases}
+    named = [(by_name[plain_noun(label)], box) for label, box in zip(labels, drawn) if plain_noun(label) in by_name]
+    if missing := [phrase for phrase in phrases if phrase not in {found for found, _ in named}]:
+        raise ValueError(
+            f'No box on bboxes is labelled "{missing[0]}", only {", ".join(sorted(set(labels) - {""}))}: name labels '
+            "in words, or connect boxes without labels, which are taken in their order."
+        )
+    return [phrase for phrase, _ in named], [box for _, box in named]
 
 
 class AtelierLayoutGuidance(io.ComfyNode):
@@ -92,8 +107,8 @@ class AtelierLayoutGuidance(io.ComfyNode):
                 io.String.Input(
                     "words",
                     default="",
-                    tooltip="What goes into the boxes, parted by commas: 'red ball, <cat>'. Labels choose their boxes; "
-                    "other words take the boxes in their order. Empty: all labels.",
+                    tooltip="What goes into the boxes, parted by commas: 'red ball, <cat>'. Where boxes have labels, "
+                    "each takes the boxes of its label; others are taken in their order. Empty: all labels.",
                 ),
                 *size_inputs("that of the picture the boxes were drawn on. Only proportions count."),
                 io.Float.Input(
@@ -110,7 +125,8 @@ class AtelierLayoutGuidance(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip="How many of the first sampling steps are guided (paper: 10 of 50). They decide where "
-                    "things stand. 0: none.",
+                    "things stand. They are counted anew in every sampler: a second one that goes on from the first "
+                    "gets the MODEL from before this node. 0: none.",
                 ),
                 io.Int.Input(
                     "iterations",
@@ -126,7 +142,7 @@ class AtelierLayoutGuidance(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Good enough: the share of their attention that words may pay outside of their boxes "
-                    "(released code: 0.2). It is measured anew at every step.",
+                    "(released code: 0.2), squared with power 2. It is measured anew at every step.",
                 ),
                 io.Combo.Input(
                     "power",
@@ -176,7 +192,7 @@ def describe(phrase: str, box: Box) -> str:
 class AtelierLayoutPredictor(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        concept = Concept.Input("concept", tooltip="A concept from Train or Load Concept.")
+        concept = Concept.Input("concept", tooltip="A concept from Train Concept or Load Concept.")
         return io.Schema(
             node_id="AtelierLayoutPredictor",
             display_name="Layout Predictor",

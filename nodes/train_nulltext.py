@@ -21,7 +21,7 @@ from .native.nulltext import add_learned, null_text_form, training_session
 from .native.output_files import CONCEPT_MODELS, check_file_name, output_file, runs_folder
 from .native.pictures import cover, opaque, to_tensor
 
-LATENTS = "concept_atelier/latents"  # inside the output folder
+LATENTS = "concept_atelier_latents"  # inside the output folder
 NO_FOLDER = "(images)"
 
 

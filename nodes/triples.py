@@ -19,19 +19,19 @@ SHEET_OTHERS = 4  # pictures of the same action shown in a row of the contact sh
 OTHER_ACTIONS = "stands\nsits\nsquats\nkicks\nlies down\nmeditates\nraises both arms\nprays"
 
 
-def shared_out(pictures: Tensor, exemplars: Sequence[Exemplar]) -> list[tuple[Tensor, ...]]:
+def shared_out(batches: Sequence[Tensor], exemplars: Sequence[Exemplar]) -> list[tuple[Tensor, ...]]:
     """The artist's pictures of other actions, the same number for each exemplar in turn, at the exemplars' size.
 
     Raises ValueError when they cannot be divided evenly.
     """
-    each, rest = divmod(len(pictures), len(exemplars))
+    height, width = exemplars[0].image.shape[:2]
+    sized = [picture for batch in batches for picture in cover(opaque(batch), height, width)]
+    each, rest = divmod(len(sized), len(exemplars))
     if rest or not each:
         raise ValueError(
-            f'The {len(pictures)} pictures on "other_action_pictures" cannot be shared out among {len(exemplars)} '
+            f'The {len(sized)} pictures on "other_action_pictures" cannot be shared out among {len(exemplars)} '
             "exemplars: connect the same number for each exemplar, first those of the first exemplar."
         )
-    height, width = exemplars[0].image.shape[:2]
-    sized = cover(opaque(pictures), height, width)
     return [tuple(sized[i * each : (i + 1) * each]) for i in range(len(exemplars))]
 
 
@@ -60,14 +60,15 @@ class AtelierTriples(io.ComfyNode):
             "context) and pictures of the same person and place doing something else. Connect your own pictures of "
             "those, or MODEL, CLIP and VAE to have them painted by a small model learned from each exemplar.",
             search_aliases=["ADI", "context model", "dreambooth one image", "triplets", "counterexamples"],
+            is_input_list=True,
             has_intermediate_output=True,
             inputs=[
                 Exemplars.Input("exemplars", tooltip="At least two, from Exemplars."),
                 io.Image.Input(
                     "other_action_pictures",
                     optional=True,
-                    tooltip="Your own pictures of the same person and place doing other things: the same number for "
-                    "each exemplar, first those of the first exemplar. With them nothing is painted.",
+                    tooltip="Your own pictures of the same person and place doing other things, a batch or a list: the "
+                    "same number for each exemplar, first those of the first exemplar. With them nothing is painted.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="Paints the other actions; it is left as it is."),
                 io.Clip.Input("clip", optional=True, tooltip="Of the same checkpoint as the MODEL."),
@@ -150,7 +151,7 @@ class AtelierTriples(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Exemplars.Output(display_name="exemplars", tooltip="For Train with Gradient Mask (ADI)."),
+                Exemplars.Output(display_name="exemplars", tooltip="For Train Concept with Gradient Mask (ADI)."),
                 io.Image.Output(
                     display_name="contact_sheet",
                     tooltip="A row an exemplar: itself, others of the same action, its context with other actions.",
@@ -159,8 +160,14 @@ class AtelierTriples(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def execute(cls, other_action_pictures: list[Tensor] | None = None, **inputs: list) -> io.NodeOutput:
+        """All inputs come as lists, of which only `other_action_pictures` may be longer than one."""
+        return cls.triples(other_action_pictures, **{name: values[0] for name, values in inputs.items()})
+
+    @classmethod
+    def triples(
         cls,
+        other_action_pictures: list[Tensor] | None,
         exemplars: tuple[Exemplar, ...],
         other_actions: str,
         pictures_per_exemplar: int,
@@ -171,7 +178,6 @@ class AtelierTriples(io.ComfyNode):
         cfg: float,
         seed: int,
         sampling_eta: float,
-        other_action_pictures: Tensor | None = None,
         model=None,
         clip=None,
         vae=None,

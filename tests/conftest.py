@@ -14,6 +14,8 @@ from concept_atelier.benchmarks.comfyui import find_comfyui, start_comfyui
 
 TESTS = Path(__file__).resolve().parent
 NEED_COMFYUI = ("nodes", "server", "browser")
+# Each may import those before it.
+HELPERS = ("tiny_models", "prompting", "comparing", "cancelling", "patched_models", "guiding", "train_node")
 
 
 COMFYUI = find_comfyui()
@@ -34,8 +36,8 @@ def load_helper(name: str) -> None:
 torch.set_num_threads(1)
 if COMFYUI is not None:
     start_comfyui(COMFYUI)
-    load_helper("tiny_models")
-    load_helper("prompting")
+    for name in HELPERS:
+        load_helper(name)
 
 
 class SkippedModule(pytest.Module):

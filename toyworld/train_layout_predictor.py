@@ -1,10 +1,11 @@
-"""Trains the bundled layout predictor on the renderer's own boxes.
+"""Trains the bundled layout predictor on the renderer's own boxes, and overwrites it.
 
 `python -m concept_atelier.toyworld.train_layout_predictor`, a minute on one core.
 
 To be run again whenever the text encoder was trained anew: the predictor keeps its word embeddings.
 """
 
+import argparse
 import random
 
 import numpy as np
@@ -51,6 +52,7 @@ def _box_around(drawn: np.ndarray) -> Box:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     backbone = DiffusersBackbone.from_toy(load_toy())
     pairs = [pair for scene in training_scenes(SCENES) for pair in pairs_of(scene_boxes(scene))]

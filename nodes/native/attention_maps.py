@@ -82,6 +82,8 @@ class AttentionRecorder:
     def __call__(
         self, executor: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> list[Tensor]:
+        if torch.is_grad_enabled():  # a forward that somebody differentiates (Layout Guidance), not the sampling's own
+            return executor(model, conds, x_in, timestep, model_options)
         options = model_options["transformer_options"]
         call = CallRecorder(self, max(sampling_step(options, timestep), 0))
         for cond in conds[0]:

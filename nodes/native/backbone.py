@@ -29,7 +29,7 @@ from ...kernels.ldm_names import has_weights
 from ...kernels.prompts import Prompt
 from ...kernels.run_state import weights_fingerprint
 from ...kernels.schedule import NoiseSchedule
-from .gradients import attention_with_backward, differentiable, load_for_gradients
+from .gradients import attention_with_backward, differentiable, load_for_gradients, saved_for_backward
 from .patches import by_head, check_watched, layer_of_call, watch_cross_attention, with_patch
 from .text import describe_clip, encode_text_loaded, token_vectors_loaded, word_table_loaded
 
@@ -149,7 +149,7 @@ class NativeBackbone:
         """See `Backbone.encode_text`. Raises ValueError for vectors that do not fit the text towers."""
         encoding = encode_text_loaded(self.clip, prompt, vectors)
         pooled = encoding.pooled.to(self.device) if self.family == "sdxl" else None
-        return TextEncoding(encoding.hidden.to(self.device), pooled, encoding.positions, encoding.length)
+        return TextEncoding(encoding.hidden.to(self.device), pooled, encoding.positions, encoding.words)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """See `Backbone.encode_image`."""
@@ -173,9 +173,9 @@ class NativeBackbone:
         sigma = self._sigmas[t.to(self.device)]
         s = sigma.view(-1, 1, 1, 1)
         x = x_t * (1 + s**2).sqrt()
-        denoised = comfy.samplers.calc_cond_batch(
-            self.model.model, [[self._cond(x, context)]], x, sigma, self._model_options(context)
-        )[0]
+        options, conds = self._model_options(context), [[self._cond(x, context)]]
+        with saved_for_backward(options["transformer_options"]):
+            denoised = comfy.samplers.calc_cond_batch(self.model.model, conds, x, sigma, options)[0]
         for recorder in self._recorders:
             recorder.check()
         return (x - denoised) / s

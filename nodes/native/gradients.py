@@ -7,7 +7,7 @@ layers add residuals in place; and the fastest attention functions have no backw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -165,6 +165,15 @@ def _clip_layer_forward(
 ) -> Tensor:
     x = x + layer.self_attn(layer.layer_norm1(x), mask, optimized_attention)
     return x + layer.mlp(layer.layer_norm2(x))
+
+
+def saved_for_backward(transformer_options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """While open, what autograd saves are copies where a patch may change activations in place (FreeU V2 does)."""
+    if "output_block_patch" not in transformer_options.get("patches", {}):
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved if saved.grad_fn is None else saved.detach().clone(), lambda saved: saved
+    )
 
 
 def attention_with_backward(transformer_options: Mapping[str, Any]) -> Callable[..., Tensor]:

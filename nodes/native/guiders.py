@@ -35,6 +35,10 @@ BRANCHES_INSIDE = (
     "The MODEL of {name} comes from 'GCFG (for KSampler)' and brings its own branches: connect the MODEL from before "
     "that node."
 )
+NOT_ON_ALL = (
+    "The MODEL of {name} comes from a node that acts on the whole sampling (such as Layout Guidance), and the MODEL of "
+    "{unconditional} from none or another, so that it would do nothing: put one such node before both."
+)
 OTHER_GUIDER = (
     "A MODEL from 'GCFG (for KSampler)' works with KSampler, KSampler (Advanced), SamplerCustom and CFG Guider, not "
     "with {guider}: use 'GCFG Guider' there, with the MODEL from before 'GCFG (for KSampler)'."
@@ -226,6 +230,9 @@ def check_model(part: Part, unconditional: Part) -> None:
             f"The MODEL of {part.name} carries a node that combines prompts in its own way (such as Rescale CFG or "
             "APG): remove that node; rescale and APG are options of GCFG."
         )
+    on_part, on_all = (p.model.wrappers.get(WrappersMP.PREDICT_NOISE, {}) for p in (part, unconditional))
+    if not all(same(wrappers, on_all.get(key, [])) for key, wrappers in on_part.items()):
+        raise ValueError(NOT_ON_ALL.format(name=part.name, unconditional=unconditional.name))
     if not same(*(p.model.model_options.get(POST_CFG, []) for p in (part, unconditional))):
         raise ValueError(
             f"The MODELs of {part.name} and {unconditional.name} carry different nodes that change the guided "

@@ -31,7 +31,7 @@ from ...kernels.inversion import (
 from ...kernels.run_state import tensors_fingerprint
 from ...kernels.trajectory import Trajectory
 from .backbone import context_width, cross_attention_layers, model_family
-from .gradients import attention_with_backward, differentiable_model, leave_inference
+from .gradients import attention_with_backward, differentiable_model, leave_inference, saved_for_backward
 from .guiders import POST_CFG, REPLACE_CFG
 from .payload import WORDS, Conditioning, concept_conditioning
 
@@ -215,7 +215,8 @@ class _NullTextSampler(comfy.samplers.Sampler):
             if torch.is_grad_enabled():
                 transformer["optimized_attention_override"] = attention_with_backward(transformer)
             every = {**options, "transformer_options": transformer}
-            return comfy.samplers.calc_cond_batch(base, [conds], x, sigma, every)[0]
+            with saved_for_backward(transformer):
+                return comfy.samplers.calc_cond_batch(base, [conds], x, sigma, every)[0]
 
         def unconditional(x: Tensor, i: int, phi: Tensor) -> Tensor:
             model_conds = {**negative["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(phi)}

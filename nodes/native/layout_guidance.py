@@ -1,8 +1,10 @@
 """Layout guidance inside ComfyUI's own sampling, whichever sampler drives it.
 
 A sampler hands its x to the model at every step. The wrapper that it meets first moves this x in place, so that what
-the sampler goes on with has moved too; the prediction itself is left to whoever comes next. The guidance's own forward
-pass ends with an exception right after the last attention map it needs: in SD1.x, nearly half of a forward is saved.
+the sampler goes on with has moved too; the prediction itself is left to whoever comes next. UniPC alone hands over a
+copy, from which it then subtracts the prediction: there the copy is put back, and the prediction carries the move. The
+guidance's own forward pass ends with an exception right after the last attention map it needs: in SD1.x, nearly half of
+a forward is saved.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.samplers
 import torch
+from comfy.extra_samplers import uni_pc
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -24,20 +27,27 @@ from ...kernels.backbone import HALF_PRECISION_SCALE, Layer
 from ...kernels.layout_guidance import Box, LayoutGuidance, Placement, guidance_layers, layout_loss, move_latents
 from .attention_maps import find_words, fold
 from .backbone import cross_attention_layers, model_family
-from .gradients import attention_with_backward, differentiable_model, leave_inference
+from .gradients import attention_with_backward, differentiable_model, leave_inference, saved_for_backward
+from .kv_deltas import carried
+from .model_groups import ModelGroup
 from .patches import ATTENTION, by_head, check_watched, layer_of_call, sampling_step, watch_cross_attention
 from .payload import WORDS, Conditioning
 
 KEY = "concept_atelier_layout"
-PHRASE_WORD = re.compile(r"<[^<>]+>|[^\W\d_]+|\d|[^\s\w]+|_+")  # as CLIP cuts words
+# As CLIP cuts words.
+PHRASE_WORD = re.compile(r"<[^<>]+>|'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNORECASE)
+HAND_OVER_A_COPY = (uni_pc.sample_unipc, uni_pc.sample_unipc_bh2)
 
 AREA = (
     "The positive conditioning is limited to an area, and its attention does not cover the picture: limit it with "
     "'Conditioning (Set Mask)' without set_cond_area instead, or leave it to the boxes of Layout Guidance."
 )
+GUIDED_ALREADY = (
+    "This MODEL comes from another 'Layout Guidance', which would be lost: name all things and their boxes in one node."
+)
 HOOKS = (
     "The positive conditioning carries a LoRA or model hook, through which Layout Guidance has no gradients: put the "
-    "LoRA on the MODEL instead."
+    "LoRA on the MODEL instead. In GCFG, put the same LoRAs on the MODELs of all branches."
 )
 MASKED_LATENT = (
     "The latent has a noise mask (inpainting), and Layout Guidance moves the whole picture: use it without a mask, or "
@@ -45,7 +55,11 @@ MASKED_LATENT = (
 )
 OTHER_PROMPT = (
     "No conditioning of this sampler is the prompt that was connected to 'Layout Guidance': connect the same positive "
-    "to both."
+    "to both, in GCFG to a branch on the same checkpoint as the unconditional."
+)
+TILES = (
+    "Another node cuts the picture into tiles, and the attention of a tile does not say where in the picture a word "
+    "looks: connect the MODEL as it comes before that node."
 )
 
 
@@ -100,6 +114,13 @@ def _check_cond(values: Mapping[str, Any]) -> None:
         raise ValueError(HOOKS)
 
 
+class GuidedPrompt(NamedTuple):
+    """A prepared cond, and what its MODEL adds to the weights of K and V where a guidance has several."""
+
+    cond: dict
+    deltas: Mapping[str, Tensor]
+
+
 class _MapsComplete(Exception):
     """Ends a forward pass."""
 
@@ -119,12 +140,13 @@ class LayoutGuide:
         truncated: False runs the forwards to their end, to compare.
         """
         self.placed, self.settings, self.layers, self.truncated = dict(placed), settings, tuple(layers), truncated
+        self.copy_handed_over = False
 
     def patch(self, model: ModelPatcher) -> ModelPatcher:
-        """A clone of MODEL that is guided when it is sampled; a guidance that it has already is replaced."""
+        """A clone of MODEL that is guided when it is sampled. Raises ValueError when it is already."""
+        if KEY in model.wrappers.get(WrappersMP.PREDICT_NOISE, {}):
+            raise ValueError(GUIDED_ALREADY)
         guided = model.clone()
-        for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE):
-            guided.remove_wrappers_with_key(kind, KEY)
         guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.sample)
         # The first of its kind, so that whatever others do starts from the moved x.
         others = guided.wrappers.get(WrappersMP.PREDICT_NOISE, {})
@@ -140,6 +162,7 @@ class LayoutGuide:
             raise ValueError(MASKED_LATENT)
         guider, inference = executor.class_obj, torch.is_inference_mode_enabled()
         own = guider.model_patcher
+        self.copy_handed_over = getattr(sampler, "sampler_function", None) in HAND_OVER_A_COPY
         with differentiable_model(own) as whole:
             guider.model_patcher = whole
             try:
@@ -151,22 +174,36 @@ class LayoutGuide:
     def predict_noise(
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None = None
     ) -> Tensor:
-        """The PREDICT_NOISE wrapper. x, which is changed: (B, C, h, w) in ComfyUI's units at sigma `timestep` (B,)."""
+        """The PREDICT_NOISE wrapper. x, which is moved: (B, C, h, w) in ComfyUI's units at sigma `timestep` (B,)."""
+        unmoved = x.clone()
         if sampling_step(model_options["transformer_options"], timestep) < self.settings.steps:
-            guider = executor.class_obj
-            every = [cond for conds in guider.conds.values() for cond in conds or () if cond.get(WORDS) in self.placed]
-            if not every:
-                raise ValueError(OTHER_PROMPT)
-            sigma = float(timestep[0])
-            active = [cond for cond in every if _in_range(cond, sigma)]
+            guider, sigma = executor.class_obj, float(timestep[0])
+            active = [prompt for prompt in self.prompts(guider) if _in_range(prompt.cond, sigma)]
             if active:
                 x.copy_(self.move(guider.inner_model, active, x, sigma, model_options))
-        return executor(x, timestep, model_options, seed)
+        predicted = executor(x, timestep, model_options, seed)
+        if self.copy_handed_over:
+            x.copy_(unmoved)
+        return predicted
 
-    def move(self, base: Any, conds: Sequence[dict], x: Tensor, sigma: float, model_options: dict) -> Tensor:
-        """x (B, C, h, w) at noise level sigma, moved by the mean loss of `conds`."""
-        for cond in conds:
-            _check_cond(cond)
+    def prompts(self, guider: Any) -> list[GuidedPrompt]:
+        """What is guided by. Raises ValueError when that is nothing, and for conds without a gradient."""
+        deltas = guider.deltas if isinstance(guider, ModelGroup) else {}
+        found = [
+            GuidedPrompt(cond, deltas.get(name, {}))
+            for name, conds in guider.conds.items()
+            for cond in conds or ()
+            # A prompt that Conditioning Zero Out has silenced still knows its words, and looks nowhere.
+            if cond.get(WORDS) in self.placed and cond["model_conds"]["c_crossattn"].cond.any()
+        ]
+        if not found:
+            raise ValueError(OTHER_PROMPT)
+        for prompt in found:
+            _check_cond(prompt.cond)
+        return found
+
+    def move(self, base: Any, prompts: Sequence[GuidedPrompt], x: Tensor, sigma: float, model_options: dict) -> Tensor:
+        """x (B, C, h, w) at noise level sigma, moved by the mean loss of `prompts`."""
         scale = (1 + sigma**2) ** 0.5
         gradient_scale = HALF_PRECISION_SCALE if base.get_dtype_inference() == torch.float16 else 1.0
         with torch.inference_mode(False):
@@ -174,7 +211,7 @@ class LayoutGuide:
 
             def loss_of(x_t: Tensor) -> Tensor:
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                losses = [self.loss(base, cond, x_t * scale, sigma, model_options) for cond in conds]
+                losses = [self.loss(base, prompt, x_t * scale, sigma, model_options) for prompt in prompts]
                 return torch.stack(losses).mean(dim=0)
 
             x_t = x.clone() / scale
@@ -182,12 +219,12 @@ class LayoutGuide:
             # Bit for bit the same x where nothing was moved.
             return torch.where(moved == x_t, x.clone(), moved * scale)
 
-    def loss(self, base: Any, cond: dict, x: Tensor, sigma: float, model_options: dict) -> Tensor:
+    def loss(self, base: Any, prompt: GuidedPrompt, x: Tensor, sigma: float, model_options: dict) -> Tensor:
         """L_loc (B,) of x at noise level sigma under one prompt; a ControlNet on it is left out.
 
-        Raises ValueError where another node replaces the attention that is to be read.
+        Raises ValueError where another node replaces the attention that is to be read, or shows it tiles.
         """
-        placements = self.placed[cond[WORDS]]
+        placements = self.placed[prompt.cond[WORDS]]
         tokens = sorted({token for placement in placements for token in placement.tokens})
         recording = Recording.start(self.layers, tokens, None, False, None)
         missing = set(self.layers)
@@ -196,17 +233,19 @@ class LayoutGuide:
             layer = layer_of_call(extra_options)
             if layer not in missing:
                 return
+            if tuple(extra_options["original_shape"][-2:]) != tuple(x.shape[-2:]):
+                raise ValueError(TILES)
             missing.discard(layer)
             q, k = by_head(q, heads), by_head(k, heads)
             recording.see(layer, self.layers.index(layer), q, k, lambda context: context)
             if self.truncated and not missing:
                 raise _MapsComplete
 
-        options = dict(model_options["transformer_options"])
-        options[ATTENTION] = attention_with_backward(options)
-        options = {**model_options, "transformer_options": watch_cross_attention(options, look)}
-        plain = {key: value for key, value in cond.items() if key != "control"}
-        with suppress(_MapsComplete):
+        transformer = dict(model_options["transformer_options"])
+        transformer[ATTENTION] = attention_with_backward(transformer)
+        options = {**model_options, "transformer_options": watch_cross_attention(transformer, look)}
+        plain = {key: value for key, value in prompt.cond.items() if key != "control"}
+        with suppress(_MapsComplete), saved_for_backward(transformer), carried(base, [prompt.deltas]):
             comfy.samplers.calc_cond_batch(base, [[plain]], x, torch.full((len(x),), sigma).to(x), options)
         check_watched(missing, model_options["transformer_options"])
         maps = [attention for by_layer in recording.maps.maps.values() for attention in by_layer]

@@ -22,6 +22,7 @@ from ...kernels.layout_predictor import (
     word_embedding,
 )
 from ...toyworld.weights import LAYOUT_PREDICTOR, WEIGHTS
+from .attention_maps import fold
 from .boxes import Box as PixelBox
 from .boxes import corners
 from .output_files import check_file_name, free_name, output_file, register_folder
@@ -30,6 +31,11 @@ from .text import describe_clip, token_vectors
 FOLDER = "concept_atelier_layouts"  # the key of the predictors in ComfyUI's model folders
 TOY = "toy world (bundled)"
 ARTICLE = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
+
+
+def plain_noun(label: str) -> str:
+    """A label as it is compared with words: without its article, and without capitals unless it is a <Name>."""
+    return ARTICLE.sub("", fold(label.strip()))
 
 
 def predictor_names() -> list[str]:
@@ -69,7 +75,7 @@ def labelled_boxes(frame: Sequence[PixelBox], height: int, width: int) -> list[t
 
     Raises ValueError for a box without a label.
     """
-    labels = [ARTICLE.sub("", box.get("label", "").strip().lower()) for box in frame]
+    labels = [plain_noun(box.get("label", "")) for box in frame]
     if "" in labels:
         raise ValueError(
             "A box on bboxes has no label, so nobody knows what stands there: connect boxes from a detector, such as "

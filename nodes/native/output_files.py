@@ -10,7 +10,7 @@ import folder_paths
 SUFFIX = ".safetensors"
 FILE_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)*", re.ASCII)
 CONCEPT_MODELS = "concept_atelier_models"  # their key in ComfyUI's model folders
-RUNS = "concept_atelier/runs"  # inside the output folder
+RUNS = "concept_atelier_runs"  # inside the output folder
 
 
 def register_folder(key: str) -> None:

@@ -25,7 +25,7 @@ from ...kernels.backbone import HALF_PRECISION_SCALE
 from ...kernels.reference import NO_GRADIENT, GuidedNoise, ReferenceSettings, ending, follow_reference
 from ...kernels.trajectory import Trajectory
 from .backbone import model_family
-from .gradients import attention_with_backward, differentiable_model
+from .gradients import attention_with_backward, differentiable_model, saved_for_backward
 from .guiders import UNCONDITIONAL
 from .inversion import PLAIN, abar_of, model_fingerprint, predictions
 from .payload import KEY as CONCEPTS
@@ -236,7 +236,8 @@ class StepPrompts:
         ours = [
             group and [self._with_phi(cond) for cond in group] if own else None for own, group in zip(varied, conds)
         ]
-        out = executor(self.model, ours, x, sigma, options)
+        with saved_for_backward(options["transformer_options"]):
+            out = executor(self.model, ours, x, sigma, options)
         return [new if own else old for own, new, old in zip(varied, out, kept)]
 
     def _with_phi(self, cond: dict) -> dict:

@@ -1,6 +1,6 @@
 """Writes workflows/*.json and workflows/api/*.json by building them in the real frontend: `make workflows`.
 
-With --thumbnails it writes workflows/*.jpg instead: what each paints on a real server, or a view of its graph where it
+With --thumbnails it writes workflows/*.jpg instead: what each paints on a real server, or its groups by name where it
 needs weights that cannot be bundled. Names of workflows after it: those alone. Needs ComfyUI and chromium.
 """
 
@@ -30,6 +30,7 @@ FOLDER = PACK / "workflows"
 GAP = 30
 TITLE = 36  # of a node, above its position
 FRAME = 50  # of a group, its own title included
+PAPER = (24, 26, 28)  # behind thumbnails
 
 MAKE_NODES = """(specs) => {
     const graph = window.app.graph;
@@ -155,7 +156,7 @@ def pictures_of(server: ComfyServer, images: list[dict[str, str]]) -> list[Image
 def collage(rows: dict[str, list[Image.Image]], columns: int = 6, cell: int = 112) -> Image.Image:
     """Rows of small pictures, each under its title."""
     header = 22
-    sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + header)), (24, 26, 28))
+    sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + header)), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for row, (title, pictures) in enumerate(rows.items()):
         top = row * (cell + header)
@@ -171,7 +172,7 @@ def write_thumbnails(names: list[str]) -> None:
     with running() as server:
         for name in names:
             rows = WORKFLOWS[name]().thumbnail
-            picture = painted(server, name, rows) if rows else view(server, name)
+            picture = painted(server, name, rows) if rows else card(name)
             picture.save(FOLDER / f"{name}.jpg", quality=88)
 
 
@@ -189,14 +190,17 @@ def painted(server: ComfyServer, name: str, rows: dict[str, str | tuple[str, ...
     return collage({row: shown(nodes) for row, nodes in rows.items()})
 
 
-def view(server: ComfyServer, name: str) -> Image.Image:
-    """The graph of the saved workflow."""
-    with frontend(server.url) as page:
-        page.load(read(f"{name}.json"))
-        file = server.folder / "graph.png"
-        page.screenshot(str(file))
-    graph = Image.open(file).convert("RGB").crop((70, 95, 1390, 835))
-    return graph.resize((792, 444), Image.Resampling.LANCZOS)
+def card(name: str, width: int = 640, height: int = 360) -> Image.Image:
+    """The groups of the saved workflow in their order and colours, which is what one sees first when it is open."""
+    groups = read(f"{name}.json")["groups"]
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw, step = ImageDraw.Draw(sheet), (height - GAP) / len(groups)
+    font = ImageFont.load_default(min(26, step * 0.42))
+    for row, group in enumerate(groups):
+        top, bottom = GAP / 2 + row * step, GAP / 2 + (row + 1) * step - 8
+        draw.rounded_rectangle((GAP / 2, top, width - GAP / 2, bottom), 10, fill=group["color"])
+        draw.text((GAP, (top + bottom) / 2), group["title"], font=font, fill="white", anchor="lm")
+    return sheet
 
 
 def read(name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Workflow:
     """Groups of columns of nodes, in the order in which they are added.
 
     thumbnail: rows of the picture beside the workflow, each title with the title of the node that shows the row's
-    pictures, or of several; without any, the graph itself is shown.
+    pictures, or of several; without any, the titles of the groups are shown.
     """
 
     thumbnail: dict[str, str | tuple[str, ...]] = field(default_factory=dict)

@@ -321,6 +321,12 @@ def test_lambda_zero_is_plain_textual_inversion_bit_for_bit(toy, data):
     assert plain.losses == with_term.losses
 
 
+def test_two_terms_of_a_kind_are_refused_unless_one_is_off(toy):
+    with pytest.raises(ValueError, match='one kind, "anchor : denoising": connect a single one'):
+        Objective.of([AnchorLoss(0.5), AnchorLoss(0.25)], learning(toy))
+    assert len(Objective.of([AnchorLoss(0.5), AnchorLoss(0.0)], learning(toy)).vector_terms) == 1
+
+
 def test_lambda_one_goes_to_the_centroid(toy, data):
     loss = AnchorLoss(lam=1.0, source="words", words=WORDS, refresh=10**6)
     term, start = loss.bind(learning(toy)), away(toy)["l"]

@@ -2,7 +2,6 @@
 
 import hashlib
 
-from tiny_models import TinyModel
 from torch import Tensor
 
 
@@ -12,7 +11,7 @@ def relative(ours: Tensor, reference: Tensor) -> float:
     return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
-def digest(parts: TinyModel) -> str:
+def digest(parts) -> str:
     """A hash of every weight of MODEL, CLIP and VAE, without their patches."""
     hashes = hashlib.sha256()
     for part in (parts.model.model, parts.clip.cond_stage_model, parts.vae.first_stage_model):

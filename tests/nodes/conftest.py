@@ -1,4 +1,4 @@
-"""How ComfyUI's executor calls a node, as fixtures."""
+"""Fixtures of many files: how ComfyUI's executor calls a node, and the model that most of them use."""
 
 import pytest
 import torch

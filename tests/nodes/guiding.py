@@ -55,7 +55,7 @@ def counting(*models: ModelPatcher) -> Iterator[list[int]]:
 def by_hand(clean: Callable[..., torch.Tensor], unconditional, branches, size=8):
     """Euler written out; every prediction is a clean(MODEL, conditioning, x, sigma) of its own.
 
-    unconditional: (MODEL, conditioning). branches: [(MODEL, conditioning, weight)]. x is (1, 4, size, size), sigma (1,).
+    unconditional: (MODEL, conditioning). branches: [(MODEL, conditioning, weight)]. x: (1, 4, size, size). sigma: (1,).
     """
     sampling, latent = unconditional[0].model.model_sampling, empty_latent(size)["samples"]
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)

@@ -1,9 +1,7 @@
 """AtelierAnchorLoss, alone and inside AtelierTrain on real ComfyUI objects."""
 
-import folder_paths
 import pytest
 import torch
-from comfy_api.latest._io import HiddenHolder
 from concept_atelier.kernels.anchor_loss import AnchorLoss
 from concept_atelier.kernels.exemplars import Exemplar
 from concept_atelier.kernels.layouts import Layout
@@ -11,7 +9,7 @@ from concept_atelier.kernels.losses import Learning
 from concept_atelier.nodes.anchor_loss import SCALES, SOURCES, AtelierAnchorLoss
 from concept_atelier.nodes.native.backbone import native_session
 from concept_atelier.nodes.native.live import LiveReport
-from concept_atelier.nodes.train import AtelierTrain
+from train_node import run_train
 
 
 def loss_term(**changes) -> AnchorLoss:
@@ -66,37 +64,10 @@ def test_every_choice_works_on_a_real_vocabulary(tiny, anchors, scale):
     assert pulled == (anchors in ("nearest words", "class word alone")) == (value.item() > 1e-9)
 
 
-@pytest.fixture
-def as_in_a_prompt(monkeypatch, tmp_path):
-    monkeypatch.setattr(AtelierTrain, "hidden", HiddenHolder.from_dict({"UNIQUE_ID": "7"}), raising=False)
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-
-
 def train(parts, **changes):
-    """Run Train Concept as the executor does: in inference mode."""
     images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(0))
-    values = {
-        "exemplars": tuple(Exemplar(image, "a {} cat here") for image in images),
-        "layout": Layout(),
-        "name": "thing",
-        "init_word": "cat",
-        "steps": 3,
-        "learning_rate": 1e-2,
-        "batch_size": 1,
-        "seed": 0,
-        "sample_prompts": "",
-        "sample_every": 0,
-        "weight_decay": 0.0,
-        "timestep_sampling": "uniform",
-        "use_masks": True,
-        "sample_steps": 2,
-        "sample_cfg": 3.0,
-        "sample_eta": 0.0,
-        "start_fresh": False,
-        **changes,
-    }
-    with torch.inference_mode():
-        return AtelierTrain.execute(parts.model, parts.clip, parts.vae, **values)
+    exemplars = tuple(Exemplar(image, "a {} cat here") for image in images)
+    return run_train(parts, exemplars=exemplars, layout=Layout(), name="thing", init_word="cat", **changes)
 
 
 def test_train_shows_the_anchors_and_their_share(any_tiny, monkeypatch, as_in_a_prompt):

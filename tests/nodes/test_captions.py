@@ -30,11 +30,7 @@ SPECIAL = ["<pad>", "</s>", "<unk>", "<image>"]
 WORDS = [f"word{number}\n" for number in range(60)]  # each with the line break that a caption may not contain
 QUERIES = 3
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def write_blip2(folder, text_config):

@@ -7,17 +7,15 @@ concept's plain context in what they are given, and read the contexts that were 
 from contextlib import contextmanager
 from itertools import pairwise
 
-import comfy.cldm.cldm
-import comfy.controlnet
-import comfy.ops
 import comfy.sample
 import comfy.samplers
-import comfy.sd
 import pytest
 import tiny_models
 import torch
 from comfy_extras import nodes_custom_sampler as custom
+from comparing import relative
 from concept_atelier.kernels.layouts import Layout
+from patched_models import KEYS_AND_VALUES, with_lora
 from prompting import CFG, SEED, STEPS, encode, ksampler, make_concept, route, stock_encode
 
 import nodes as comfy_nodes
@@ -25,15 +23,7 @@ import nodes as comfy_nodes
 TOLERANCE = 2e-5
 WORD = "x"  # one token; by hand, its place is where a concept's vector goes
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def encode_by_hand(clip, text, vectors):
@@ -244,12 +234,7 @@ def test_timestep_range(sd1):
 
 @pytest.fixture(scope="module")
 def controlnet(tiny):
-    config = dict(tiny("sd1").model.model.model_config.unet_config)
-    for key in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
-        config.pop(key, None)
-    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu")
-    tiny_models.fill(net, 11)
-    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
+    return tiny_models.build_controlnet(tiny("sd1").model)
 
 
 HINT = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(4))
@@ -274,22 +259,16 @@ def test_controlnet_on_the_positive_before_and_after_combine(sd1, controlnet):
 
 
 def add_lora(model):
-    lora, generator = {}, torch.Generator().manual_seed(5)
-    for name, module in model.model.diffusion_model.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            rows, columns = module.weight.shape
-            lora[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator) * 0.3
-            lora[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator) / 8
-    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+    return with_lora(model, 5, layers=KEYS_AND_VALUES)
 
 
 def test_lora_before_and_after_apply(sd1):
     model = sd1.tiny.model
-    with_lora = add_lora(model)
+    changed = add_lora(model)
     with rewired(model, sd1.prompt):
-        by_hand = ksampler(with_lora, without_payload(sd1.positive), sd1.negative)
+        by_hand = ksampler(changed, without_payload(sd1.positive), sd1.negative)
         without_lora = ksampler(model, without_payload(sd1.positive), sd1.negative)
-    assert relative(ksampler(route(with_lora), sd1.positive, sd1.negative), by_hand) < TOLERANCE
+    assert relative(ksampler(route(changed), sd1.positive, sd1.negative), by_hand) < TOLERANCE
     assert relative(ksampler(add_lora(route(model)), sd1.positive, sd1.negative), by_hand) < TOLERANCE
     assert relative(without_lora, by_hand) > 1e-2
 

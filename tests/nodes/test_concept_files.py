@@ -3,17 +3,15 @@
 import json
 
 import folder_paths
+import prompting
 import pytest
 import tiny_models
 import torch
 from comfy.cli_args import args
 from comfy_api.latest._io import HiddenHolder
-from concept_atelier.kernels.concept import Concept
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.nodes.apply import AtelierTextEncode
 from concept_atelier.nodes.files import FOLDER, AtelierLoadConcept, AtelierSaveConcept, register_folders
-from concept_atelier.nodes.native.backbone import cross_attention_layers
-from concept_atelier.nodes.native.text import describe_clip
 from safetensors import safe_open
 
 import nodes as comfy_nodes
@@ -35,11 +33,7 @@ def output(tmp_path, monkeypatch):
 
 
 def make_concept(tiny, layout, seed=0, **metadata):
-    kind, layers = describe_clip(tiny.clip), cross_attention_layers(tiny.model)
-    generator = torch.Generator().manual_seed(seed)
-    shape = (layout.bind(layers).slots, layout.tokens)
-    vectors = {tower: torch.randn(*shape, width, generator=generator) for tower, width in kind.towers.items()}
-    return Concept("salute", vectors, layout, kind.family, layers, metadata)
+    return prompting.make_concept(tiny, "salute", layout, seed, **metadata)
 
 
 def save(concept, file_name="", overwrite=False):

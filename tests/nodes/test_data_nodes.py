@@ -162,36 +162,50 @@ class TestExemplars:
         assert sentence in str(error.value)
 
 
+def run_triples(made, other_action_pictures=None, **inputs):
+    """Run Triples as the executor does: every input is a list."""
+    lists = {name: [value] for name, value in inputs.items()}
+    return AtelierTriples.execute(other_action_pictures, exemplars=[made], **lists)
+
+
 class TestTriplesOfOnesOwnPictures:
     def test_they_are_shared_out_in_order(self):
         made, _ = exemplars([pictures(2)])
         own = pictures(6, 80, 80, seed=3)
-        triples, sheet = AtelierTriples.execute(made, other_action_pictures=own, **QUICK).args
+        triples, sheet = run_triples(made, [own], **QUICK).args
         assert [len(e.other_actions) for e in triples] == [3, 3]
         assert torch.equal(triples[1].other_actions[0], cover(own, 64, 64)[3])
         assert [e.caption for e in triples] == [CAPTION] * 2
         assert sheet.shape[0] == 1 and sheet.shape[3] == 3
 
+    def test_a_list_of_any_sizes_is_a_batch_in_its_order(self):
+        made, _ = exemplars([pictures(2)])
+        own = [pictures(1, 80, 80, seed=3), pictures(2, 64, 96, channels=4, seed=4), pictures(1, seed=5)]
+        triples, _ = run_triples(made, own, **QUICK).args
+        assert [len(e.other_actions) for e in triples] == [2, 2]
+        assert torch.equal(triples[0].other_actions[0], cover(own[0], 64, 64)[0])
+        assert torch.equal(triples[1].other_actions[1], own[2][0])
+
     def test_one_exemplar_is_refused(self):
         made, _ = exemplars([pictures(1)])
         with pytest.raises(ValueError, match=r"There is one picture .* connect at least two"):
-            AtelierTriples.execute(made, other_action_pictures=pictures(4), **QUICK)
+            run_triples(made, [pictures(4)], **QUICK)
 
     @pytest.mark.parametrize("count", [5, 1, 0])
     def test_a_number_that_cannot_be_shared_out_is_refused(self, count):
         made, _ = exemplars([pictures(2)])
         with pytest.raises(ValueError, match=f'The {count} pictures on "other_action_pictures" cannot be shared out'):
-            AtelierTriples.execute(made, other_action_pictures=pictures(count), **QUICK)
+            run_triples(made, [pictures(count)], **QUICK)
 
     def test_nothing_to_paint_with_is_refused(self):
         made, _ = exemplars([pictures(2)])
         with pytest.raises(ValueError, match=r"Connect your own pictures .* not connected: model, clip, vae"):
-            AtelierTriples.execute(made, **QUICK)
+            run_triples(made, **QUICK)
 
     def test_no_action_to_paint_is_refused(self, toy):
         made, _ = exemplars([pictures(2)])
         with pytest.raises(ValueError, match='"other_actions" is empty'):
-            AtelierTriples.execute(made, **{**QUICK, **toy._asdict(), "other_actions": " \n"})
+            run_triples(made, **{**QUICK, **toy._asdict(), "other_actions": " \n"})
 
 
 class TestPaintedTriples:
@@ -202,7 +216,7 @@ class TestPaintedTriples:
         made, _ = exemplars([pictures(2)])
         modules = (toy.model.model.diffusion_model, toy.clip.cond_stage_model, toy.vae.first_stage_model)
         hashes = [all_bytes(module) for module in modules]
-        triples, _ = AtelierTriples.execute(made, **QUICK, **toy._asdict()).args
+        triples, _ = run_triples(made, **QUICK, **toy._asdict()).args
         assert [[p.shape for p in e.other_actions] for e in triples] == [[(64, 64, 3)] * 2] * 2
         assert [all_bytes(module) for module in modules] == hashes
         assert torch.is_inference_mode_enabled()
@@ -214,7 +228,7 @@ class TestPaintedTriples:
         def painted(seed: int) -> torch.Tensor:
             for file in temp_folder.rglob("*.safetensors"):
                 file.unlink()
-            triples, _ = AtelierTriples.execute(made, **{**QUICK, "seed": seed}, **toy._asdict()).args
+            triples, _ = run_triples(made, **{**QUICK, "seed": seed}, **toy._asdict()).args
             return torch.stack([p for e in triples for p in e.other_actions])
 
         first = painted(1)
@@ -239,19 +253,19 @@ class TestPaintedTriples:
         monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", cancel_with_the_first_preview)
         before = all_bytes(toy.model.model)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            AtelierTriples.execute(made, **QUICK, **toy._asdict())
+            run_triples(made, **QUICK, **toy._asdict())
         assert painted == [made[0], made[1]]
         assert all_bytes(toy.model.model) == before
 
         monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
-        triples, _ = AtelierTriples.execute(made, **QUICK, **toy._asdict()).args
+        triples, _ = run_triples(made, **QUICK, **toy._asdict()).args
         assert painted == [made[0], made[1], made[1], made[2]]
         assert [len(e.other_actions) for e in triples] == [2, 2, 2]
 
     @torch.inference_mode()
     def test_they_are_the_pictures_of_the_diffusers_backbone(self, toy, diffusers_toy):
         made, _ = exemplars([pictures(2)])
-        triples, _ = AtelierTriples.execute(made, **QUICK, **toy._asdict()).args
+        triples, _ = run_triples(made, **QUICK, **toy._asdict()).args
         settings = ContextSettings(steps=2, rank=2, learning_rate=1e-3, sampling_steps=2, cfg=2.0, seed=0)
         backbone = DiffusersBackbone.from_toy(diffusers_toy)
         with torch.inference_mode(False):
@@ -263,7 +277,7 @@ class TestPaintedTriples:
     def test_sdxl_can_paint_too(self, tiny):
         made, _ = exemplars([pictures(2)])
         settings = {**QUICK, "pictures_per_exemplar": 1, "context_steps": 1, "sampling_steps": 1}
-        triples, _ = AtelierTriples.execute(made, **settings, **tiny("sdxl")._asdict()).args
+        triples, _ = run_triples(made, **settings, **tiny("sdxl")._asdict()).args
         assert all(e.other_actions[0].isfinite().all() for e in triples)
 
     @torch.inference_mode()
@@ -275,7 +289,7 @@ class TestPaintedTriples:
             "PROGRESS_BAR_HOOK",
             lambda value, total, preview, node_id: shown.append((value, total, preview is not None)),
         )
-        AtelierTriples.execute(made, **QUICK, **toy._asdict())
+        run_triples(made, **QUICK, **toy._asdict())
         each = QUICK["context_steps"] + 2 * QUICK["sampling_steps"]
         assert {total for _, total, _ in shown} == {2 * each}
         assert [value for value, _, preview in shown if preview] == [each, 2 * each]

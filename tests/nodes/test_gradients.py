@@ -7,6 +7,7 @@ import tiny_models
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from concept_atelier.nodes.native import gradients
+from patched_models import make_dynamic
 from torch import nn
 
 
@@ -83,13 +84,6 @@ def test_a_dynamic_model_that_cannot_be_reloaded_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(type(model), "is_dynamic", lambda self: True)
     with pytest.raises(ValueError, match="disable-dynamic-vram"), gradients.differentiable(model, clip):
         pass
-
-
-def make_dynamic(patcher, reload):
-    """Let a patcher pass for one of dynamic VRAM, which needs a GPU: `reload` builds its weights anew."""
-    kind = type(patcher)
-    patcher.__class__ = type("Dynamic", (kind,), {"is_dynamic": lambda self: True})
-    patcher.cached_patcher_init = (lambda disable_dynamic: reload(), ())
 
 
 def test_a_dynamic_model_is_loaded_whole_beside_it():

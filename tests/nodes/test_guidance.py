@@ -1,44 +1,28 @@
 """GCFG through SamplerCustomAdvanced and KSampler, against stock guiders and against separate passes by hand."""
 
-from contextlib import contextmanager
+from dataclasses import replace
 
-import comfy.cldm.cldm
-import comfy.controlnet
 import comfy.model_base
-import comfy.ops
-import comfy.sample
-import comfy.samplers
+import guiding
 import pytest
 import tiny_models
 import torch
 from comfy_api.latest._input import CurveInput
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import RescaleCFG
+from comparing import relative
 from concept_atelier.benchmarks import speed_gcfg
-from concept_atelier.kernels.concept import Concept
 from concept_atelier.kernels.layouts import Layout
-from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
-from concept_atelier.nodes.guidance import AtelierGCFG, AtelierGCFGGuider, AtelierGuidanceBranch
-from concept_atelier.nodes.native.backbone import cross_attention_layers
+from concept_atelier.nodes.guidance import AtelierGCFG
 from concept_atelier.nodes.native.guiders import progress_at
-from concept_atelier.nodes.native.text import describe_clip
+from guiding import OFF, advanced, branch, counting, gcfg
+from prompting import STEPS, encode, ksampler, make_concept, route, stock_encode
 
 import nodes as comfy_nodes
 
-STEPS, SEED = 3, 3
 TOLERANCE = 2e-5
-OFF = {"rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0}
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def sd1(tiny):
-    return tiny("sd1")
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module")
@@ -57,79 +41,25 @@ def velocity():
 def prompts(sd1):
     """An empty prompt and three others."""
     with torch.inference_mode():
-        return [comfy_nodes.CLIPTextEncode().encode(sd1.clip, text)[0] for text in ("", "a man", "grass", "red ball")]
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def branch(model, conditioning, weight, start=0.0, end=1.0, curve=None):
-    return AtelierGuidanceBranch.execute(model, conditioning, weight, start, end, curve)[0]
-
-
-def gcfg(model, unconditional, *branches, **options):
-    named = {f"branch{i}": b for i, b in enumerate(branches)}
-    return AtelierGCFGGuider.execute(model, unconditional, named, **OFF | options)
-
-
-def latents(size=8):
-    return {"samples": torch.zeros(1, 4, size, size)}
-
-
-def advanced(guider, steps=STEPS, sampler="euler", scheduler="normal", latent=None):
-    """SamplerCustomAdvanced."""
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
-    noise, sampler = custom.RandomNoise.execute(SEED)[0], custom.KSamplerSelect.execute(sampler)[0]
-    return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent or latents())[0]["samples"]
-
-
-def ksampler(model, positive, negative, cfg, steps=STEPS):
-    return comfy_nodes.KSampler().sample(
-        model, SEED, steps, cfg, "euler", "normal", positive, negative, latents()
-    )[0]["samples"]  # fmt: skip
+        return [stock_encode(sd1.clip, text) for text in ("", "a man", "grass", "red ball")]
 
 
 def stock(model, positive, negative, cfg):
     return custom.CFGGuider.execute(model, positive, negative, cfg)[0]
 
 
-@contextmanager
-def counting(*models):
-    """The batch sizes of every forward of the models' U-Nets, in order."""
-    seen = []
-    hooks = [
-        model.model.diffusion_model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-        for model in models
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+def by_hand(unconditional, branches):
+    """Every prediction in a pass of its own."""
 
-
-def by_hand(unconditional, branches, steps=STEPS):
-    """Euler written out; every prediction in a pass of its own. Both as (MODEL, conditioning[, weight])."""
-    sampling = unconditional[0].model.model_sampling
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
-    x = comfy.sample.prepare_noise(latents()["samples"], SEED)
-    x = sampling.noise_scaling(sigmas[0], x, latents()["samples"], True)
-
-    def clean(model, conditioning, sigma):
+    def clean(model, conditioning, x, sigma):
         return model.model.apply_model(x, sigma, c_crossattn=conditioning[0][0], transformer_options={})
 
-    for sigma, following in zip(sigmas[:-1, None], sigmas[1:, None]):
-        D_0 = clean(*unconditional, sigma)
-        D = D_0 + sum(w * (clean(model, conditioning, sigma) - D_0) for model, conditioning, w in branches)
-        x = x + (x - D) / sigma * (following - sigma)
-    return unconditional[0].model.process_latent_out(x)
+    return guiding.by_hand(clean, unconditional, branches)
 
 
 def test_one_branch_is_plain_cfg_to_the_bit(any_tiny):
     model, clip, _ = any_tiny
-    positive, negative = (comfy_nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a man", "blurry"))
+    positive, negative = (stock_encode(clip, text) for text in ("a man", "blurry"))
     guider = gcfg(model, negative, branch(model, positive, 5.0))[0]
     assert torch.equal(advanced(guider), advanced(stock(model, positive, negative, 5.0)))
 
@@ -250,19 +180,11 @@ def test_progress_is_percent(sd1, percent):
     assert progress_at(sampling, sigma) == pytest.approx(percent, abs=2e-6)
 
 
-def make_controlnet(sd1):
-    config = dict(sd1.model.model.model_config.unet_config)
-    for key in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
-        config.pop(key, None)
-    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu")
-    tiny_models.fill(net, 11)
-    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
-
-
 def test_a_controlnet_reaches_its_branch_alone(sd1, prompts):
     u, a, b, _ = prompts
     hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(4))
-    controlled = comfy_nodes.ControlNetApply().apply_controlnet(a, make_controlnet(sd1), hint, 0.2)[0]
+    net = tiny_models.build_controlnet(sd1.model)
+    controlled = comfy_nodes.ControlNetApply().apply_controlnet(a, net, hint, 0.2)[0]
     guider, cost = gcfg(sd1.model, u, branch(sd1.model, controlled, 3.0), branch(sd1.model, b, 2.0)).args
     with counting(sd1.model) as forwards:
         out = advanced(guider)
@@ -279,19 +201,15 @@ def test_a_controlnet_reaches_its_branch_alone(sd1, prompts):
 @pytest.fixture(scope="module")
 def two_concepts(sd1):
     """CONDITIONING of two prompts, each with a concept of its own per layer."""
-    layers, kind = cross_attention_layers(sd1.model), describe_clip(sd1.clip)
-    vectors = {
-        t: torch.randn(16, 1, width, generator=torch.Generator().manual_seed(1)) for t, width in kind.towers.items()
-    }
-    concept = Concept("it", vectors, Layout("layer"), kind.family, layers)
-    other = Concept("that", {t: -v for t, v in vectors.items()}, Layout("layer"), kind.family, layers)
+    concept = make_concept(sd1, "it", Layout("layer"), seed=1)
+    other = replace(concept, name="that", vectors={t: -v for t, v in concept.vectors.items()})
     with torch.inference_mode():
-        return [AtelierTextEncode.execute(sd1.clip, f"a <{c.name}>", {"concept0": c})[0] for c in (concept, other)]
+        return [encode(sd1.clip, f"a <{c.name}>", c) for c in (concept, other)]
 
 
 def test_two_apply_concepts_on_one_base_share_a_forward(sd1, prompts, two_concepts):
     u, (one, two) = prompts[0], two_concepts
-    base, first, second = (AtelierApplyConcepts.execute(sd1.model)[0] for _ in range(3))
+    base, first, second = (route(sd1.model) for _ in range(3))
     guider, cost = gcfg(base, u, branch(first, one, 3.0), branch(second, two, 2.0)).args
     with counting(base) as forwards:
         out = advanced(guider)
@@ -302,7 +220,7 @@ def test_two_apply_concepts_on_one_base_share_a_forward(sd1, prompts, two_concep
 
 def test_concepts_reach_their_branch_alone(sd1, prompts, two_concepts):
     u, (one, two) = prompts[0], two_concepts
-    model = AtelierApplyConcepts.execute(sd1.model)[0]
+    model = route(sd1.model)
     guider = gcfg(model, u, branch(model, one, 3.0), branch(model, two, 2.0))[0]
     with counting(model) as forwards:
         both = advanced(guider, steps=1)
@@ -414,15 +332,15 @@ class TestKSampler:
         patched, cost = self.patch(sd1.model, *added, rescale=0.3).args
         guider = gcfg(sd1.model, u, branch(sd1.model, a, cfg), *added, rescale=0.3)[0]
         with counting(sd1.model) as own, counting(other) as others:
-            out = ksampler(patched, a, u, cfg, steps=4)
+            out = ksampler(patched, a, u, cfg=cfg, steps=4)
         assert (own, others) == ([3] * 4, [1, 1])
         assert torch.equal(out, advanced(guider, steps=4))
         assert cost.splitlines()[0] == "0% to 50%: 2 forwards of the U-Net a step"
 
     def test_leaves_the_model_as_it_was(self, sd1, prompts):
-        before = ksampler(sd1.model, prompts[1], prompts[0], 4.0)
-        ksampler(self.patch(sd1.model, branch(sd1.model, prompts[2], 2.0))[0], prompts[1], prompts[0], 4.0)
-        assert torch.equal(ksampler(sd1.model, prompts[1], prompts[0], 4.0), before)
+        before = ksampler(sd1.model, prompts[1], prompts[0], cfg=4.0)
+        ksampler(self.patch(sd1.model, branch(sd1.model, prompts[2], 2.0))[0], prompts[1], prompts[0], cfg=4.0)
+        assert torch.equal(ksampler(sd1.model, prompts[1], prompts[0], cfg=4.0), before)
 
     def test_wrappers_of_other_nodes_run_once(self, sd1, prompts):
         calls = []
@@ -435,7 +353,7 @@ class TestKSampler:
         first.add_wrapper_with_key("outer_sample", "other pack", wrapper)
         last = self.patch(first, branch(first, prompts[2], 2.0))[0]
         last.add_wrapper_with_key("outer_sample", "third pack", wrapper)
-        ksampler(last, prompts[1], prompts[0], 4.0)
+        ksampler(last, prompts[1], prompts[0], cfg=4.0)
         assert calls == ["outer"] * 2
 
     def test_works_only_where_it_means_something(self, sd1, prompts):

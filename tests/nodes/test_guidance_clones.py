@@ -3,55 +3,27 @@
 The reference evaluates every prediction in a pass of its own, with the weights of its MODEL merged in for it.
 """
 
-from contextlib import contextmanager
-
 import comfy.hooks
 import comfy.model_management
-import comfy.sample
-import comfy.samplers
-import comfy.sd
+import guiding
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
-from concept_atelier.nodes.guidance import AtelierGCFG, AtelierGCFGGuider, AtelierGuidanceBranch
+from comparing import relative
+from concept_atelier.nodes.guidance import AtelierGCFG
+from guiding import OFF, advanced, branch, counting, gcfg
+from patched_models import KEYS_AND_VALUES, lora_file, with_lora
+from prompting import STEPS, ksampler, stock_encode
 
-import nodes as comfy_nodes
-
-STEPS, SEED = 3, 3
-OFF = {"rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def sd1(tiny):
-    return tiny("sd1")
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module")
 def prompts(sd1):
     """An empty prompt and two others."""
     with torch.inference_mode():
-        return [comfy_nodes.CLIPTextEncode().encode(sd1.clip, text)[0] for text in ("", "a man", "grass")]
-
-
-def lora_file(model, seed, layers=("attn2.to_k", "attn2.to_v", "attn1.to_q", "ff.net.2")):
-    lora, generator = {}, torch.Generator().manual_seed(seed)
-    for name, module in model.model.diffusion_model.named_modules():
-        if name.endswith(layers):
-            rows, columns = module.weight.shape
-            lora[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator) * 0.3
-            lora[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator) / 8
-    return lora
-
-
-def with_lora(model, seed, strength=1.0, **layers):
-    return comfy.sd.load_lora_for_models(model, None, lora_file(model, seed, **layers), strength, 0.0)[0]
+        return [stock_encode(sd1.clip, text) for text in ("", "a man", "grass")]
 
 
 @pytest.fixture(scope="module")
@@ -60,54 +32,15 @@ def clones(sd1):
     return sd1.model, with_lora(sd1.model, 5), with_lora(sd1.model, 6)
 
 
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def branch(model, conditioning, weight, start=0.0, end=1.0):
-    return AtelierGuidanceBranch.execute(model, conditioning, weight, start, end)[0]
-
-
-def gcfg(model, unconditional, *branches):
-    named = {f"branch{i}": b for i, b in enumerate(branches)}
-    return AtelierGCFGGuider.execute(model, unconditional, named, **OFF)
-
-
-def advanced(guider):
-    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.model.model_sampling, "normal", STEPS)
-    noise, sampler = custom.RandomNoise.execute(SEED)[0], custom.KSamplerSelect.execute("euler")[0]
-    latent = {"samples": torch.zeros(1, 4, 8, 8)}
-    return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent)[0]["samples"]
-
-
 def by_hand(unconditional, branches):
-    """Euler written out; each prediction after loading its MODEL. Both as (MODEL, conditioning[, weight])."""
-    sampling = unconditional[0].model.model_sampling
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
-    latent = torch.zeros(1, 4, 8, 8)
-    x = sampling.noise_scaling(sigmas[0], comfy.sample.prepare_noise(latent, SEED), latent, True)
+    """Each prediction after loading its MODEL."""
 
-    def clean(model, conditioning, sigma):
+    def clean(model, conditioning, x, sigma):
         comfy.model_management.load_models_gpu([model])
         options = model.model_options["transformer_options"]
         return model.model.apply_model(x, sigma, c_crossattn=conditioning[0][0], transformer_options={**options})
 
-    for sigma, following in zip(sigmas[:-1, None], sigmas[1:, None]):
-        D_0 = clean(*unconditional, sigma)
-        D = D_0 + sum(w * (clean(model, conditioning, sigma) - D_0) for model, conditioning, w in branches)
-        x = x + (x - D) / sigma * (following - sigma)
-    return unconditional[0].model.process_latent_out(x)
-
-
-@contextmanager
-def counting(model):
-    """The batch sizes of every forward, in order."""
-    seen = []
-    hook = model.model.diffusion_model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    try:
-        yield seen
-    finally:
-        hook.remove()
+    return guiding.by_hand(clean, unconditional, branches)
 
 
 def test_two_loras_are_those_merged_for_each_branch(clones, prompts):
@@ -157,7 +90,7 @@ def test_the_same_lora_at_other_strengths(clones, prompts, sd1):
 def test_loras_of_keys_and_values_share_a_forward(sd1, prompts):
     """Custom Diffusion's kind: what it adds to K and V is added to the branch's rows of the batch."""
     u, a, b = prompts
-    one, two = (with_lora(sd1.model, seed, layers=("attn2.to_k", "attn2.to_v")) for seed in (5, 6))
+    one, two = (with_lora(sd1.model, seed, layers=KEYS_AND_VALUES) for seed in (5, 6))
     guider, cost = gcfg(sd1.model, u, branch(one, a, 3.0), branch(two, b, 2.0)).args
     with counting(sd1.model) as forwards:
         out = advanced(guider)
@@ -170,7 +103,7 @@ def test_loras_of_keys_and_values_share_a_forward(sd1, prompts):
 
 def test_keys_and_values_of_the_unconditional_model(sd1, prompts):
     u, a, b = prompts
-    one = with_lora(sd1.model, 5, layers=("attn2.to_k", "attn2.to_v"))
+    one = with_lora(sd1.model, 5, layers=KEYS_AND_VALUES)
     out = advanced(gcfg(one, u, branch(sd1.model, a, 3.0), branch(one, b, 2.0))[0])
     assert relative(out, by_hand((one, u), [(sd1.model, a, 3.0), (one, b, 2.0)])) < 1e-5
 
@@ -228,8 +161,7 @@ def test_ksampler_with_loras_before_and_after(clones, prompts, order):
         patched = AtelierGCFG.execute(one, added, **OFF)[0]
     else:
         patched = with_lora(AtelierGCFG.execute(base, added, **OFF)[0], 5)
-    latent = {"samples": torch.zeros(1, 4, 8, 8)}
-    out = comfy_nodes.KSampler().sample(patched, SEED, STEPS, 3.0, "euler", "normal", a, u, latent)[0]["samples"]
+    out = ksampler(patched, a, u, cfg=3.0)
     assert relative(out, by_hand((one, u), [(one, a, 3.0), (two, b, 2.0)])) < 1e-5
 
 

@@ -8,14 +8,19 @@ import comfy.utils
 import pytest
 import tiny_models
 import torch
+from cancelling import cancel_at_prediction
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import RescaleCFG
+from comparing import relative
 from concept_atelier.kernels.inversion import psnr
-from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
+from concept_atelier.kernels.layouts import Layout
+from concept_atelier.nodes.apply import AtelierApplyConcepts
 from concept_atelier.nodes.inversion import AtelierDDIMInversion, AtelierNullTextOptimize
 from concept_atelier.nodes.native.inversion import model_fingerprint
 from concept_atelier.nodes.toy import AtelierToyCheckpoint, AtelierToyPictures
 from concept_atelier.toyworld.vocabulary import ACTIONS
+from patched_models import with_ones_added
+from prompting import encode, make_concept, stock_encode
 
 import nodes as comfy_nodes
 
@@ -23,16 +28,7 @@ STEPS = 8
 ACTION = next(iter(ACTIONS))
 SCHEDULERS = ["ddim_uniform", "simple", "normal", "karras"]
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
-    comfy.model_management.interrupt_current_processing(False)
-
-
-def encode(clip, text):
-    return comfy_nodes.CLIPTextEncode().encode(clip, text)[0]
+pytestmark = pytest.mark.usefixtures("inference_mode", "cancellable")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +38,7 @@ def toy():
         model, clip, vae = AtelierToyCheckpoint.execute().args
         images, captions = AtelierToyPictures.execute(ACTION, 2, 0, 1).args[:2]
         text = captions.splitlines()[0].replace("{}", ACTIONS[ACTION] if isinstance(ACTIONS, dict) else ACTION)
-        return model, clip, vae, {"samples": vae.encode(images)}, encode(clip, text), encode(clip, "")
+        return model, clip, vae, {"samples": vae.encode(images)}, stock_encode(clip, text), stock_encode(clip, "")
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +79,6 @@ def ksampler(model, noise, scheduler, sampler="euler", cfg=1.0, positive=None, n
     )[0]["samples"]  # fmt: skip
 
 
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
 # The round trip
 
 
@@ -94,7 +86,7 @@ def relative(a, b):
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 def test_core_samples_the_picture_back_from_the_noise(tiny, scheduler, sampler):
     model, clip, _ = tiny("sd1")
-    model, prompt = exact(model), encode(clip, "a cat")
+    model, prompt = exact(model), stock_encode(clip, "a cat")
     latent = {"samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 0.18215}
     noise, _, sigmas, report = invert(model, prompt, latent, 20, scheduler, 30)
     expected = latent["samples"]
@@ -116,7 +108,7 @@ def decibels(report):
 def test_every_topology(any_tiny):
     model, clip, _ = any_tiny
     latent = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 5}
-    prompt = encode(clip, "a cat")
+    prompt = stock_encode(clip, "a cat")
     noise = invert(exact(model), prompt, latent, 20, "ddim_uniform", 30)[0]
     assert (
         relative(ksampler(exact(model), noise, "ddim_uniform", "euler", 1.0, prompt, prompt, 20), latent["samples"])
@@ -158,8 +150,8 @@ def test_the_whole_conditioning_counts(tiny):
     """An area that covers half the picture, as any sampler understands it."""
     model, clip, _ = tiny("sd1")
     latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
-    prompt = encode(clip, "a cat")
-    half = comfy_nodes.ConditioningSetArea().append(encode(clip, "grass"), 64, 128, 0, 0, 1.0)[0]
+    prompt = stock_encode(clip, "a cat")
+    half = comfy_nodes.ConditioningSetArea().append(stock_encode(clip, "grass"), 64, 128, 0, 0, 1.0)[0]
     alone, both = (invert(model, c, latent, 2, iterations=0)[1].latents[0] for c in (prompt, prompt + half))
     assert relative(both, alone) > 1e-4
 
@@ -207,7 +199,7 @@ def test_without_apply_concepts_the_sampler_says_so(toy, inverted, optimised):
 
 def test_nothing_of_the_model_changes(tiny):
     model, clip, _ = tiny_models.build("sd1")
-    prompt, empty = encode(clip, "a cat"), encode(clip, "")
+    prompt, empty = stock_encode(clip, "a cat"), stock_encode(clip, "")
     latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     asked = {k for k, v in model.model.named_parameters() if v.requires_grad}
@@ -220,7 +212,7 @@ def test_nothing_of_the_model_changes(tiny):
 
 def test_sdxl_keeps_its_vector_and_sizes(tiny):
     model, clip, _ = tiny("sdxl")
-    prompt, empty = encode(clip, "a cat"), encode(clip, "")
+    prompt, empty = stock_encode(clip, "a cat"), stock_encode(clip, "")
     empty = [[empty[0][0], {**empty[0][1], "width": 64, "height": 96}]]
     latent = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
     trajectory = invert(model, prompt, latent, 2, iterations=0)[1]
@@ -230,17 +222,8 @@ def test_sdxl_keeps_its_vector_and_sizes(tiny):
 
 
 def test_a_concept_in_the_prompt_is_read_when_inverting(tiny):
-    from concept_atelier.kernels.concept import Concept
-    from concept_atelier.kernels.layouts import Layout
-    from concept_atelier.nodes.native.backbone import cross_attention_layers
-    from concept_atelier.nodes.native.text import describe_clip
-
     model, clip, _ = tiny("sd1")
-    kind, layers, layout = describe_clip(clip), cross_attention_layers(model), Layout("block")
-    slots = layout.bind(layers).slots
-    vectors = {t: torch.randn(slots, 1, w, generator=torch.Generator().manual_seed(1)) for t, w in kind.towers.items()}
-    concept = Concept("act", vectors, layout, kind.family, layers)
-    prompt = AtelierTextEncode.execute(clip, "a cat <act>", {"concept0": concept})[0]
+    prompt = encode(clip, "a cat <act>", make_concept(tiny("sd1"), "act", Layout("block"), seed=1))
     latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
     with pytest.raises(ValueError, match="Apply Concepts"):
         invert(model, prompt, latent, 2, iterations=0)
@@ -255,23 +238,13 @@ def test_a_concept_in_the_prompt_is_read_when_inverting(tiny):
 
 @pytest.mark.parametrize("work", ["invert", "optimise"])
 def test_cancel_takes_effect_within_a_step(toy, one, inverted, monkeypatch, work):
-    calls = 0
-    stock = comfy.samplers.calc_cond_batch
-
-    def cancel(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 3:  # of the first step
-            comfy.model_management.interrupt_current_processing()
-        return stock(*args, **kwargs)
-
-    monkeypatch.setattr(comfy.samplers, "calc_cond_batch", cancel)
+    asked = cancel_at_prediction(monkeypatch, 3)  # of the first step
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         if work == "invert":
             invert(toy[0], toy[4], one)
         else:
             optimise(toy[0], inverted[1], toy[4], toy[5])
-    assert calls == 3 and torch.is_inference_mode_enabled()
+    assert len(asked) == 3 and torch.is_inference_mode_enabled()
     monkeypatch.undo()
     comfy.model_management.interrupt_current_processing(False)
     assert not any(p.requires_grad and p.is_inference() for p in toy[0].model.parameters())
@@ -293,10 +266,7 @@ def test_progress_counts_both_ways(toy, one, inverted, monkeypatch):
 
 def with_lora(model, strength=1.0):
     key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    clone = model.clone()
-    delta = torch.ones_like(comfy.utils.get_attr(model.model, key))
-    assert clone.add_patches({key: ("diff", (delta,))}, strength)
-    return clone
+    return with_ones_added(model, key, strength)
 
 
 def test_a_fingerprint_tells_weights_and_loras_apart_and_nothing_else(tiny):
@@ -313,14 +283,7 @@ def test_a_fingerprint_tells_weights_and_loras_apart_and_nothing_else(tiny):
 
 def test_a_trajectory_of_another_model_is_refused(tiny, toy, inverted):
     with pytest.raises(ValueError, match="found with another MODEL"):
-        optimise(with_lora_toy(toy[0]), inverted[1], toy[4], toy[5])
-
-
-def with_lora_toy(model):
-    key = "diffusion_model.out.2.weight"
-    clone = model.clone()
-    assert clone.add_patches({key: ("diff", (torch.ones_like(comfy.utils.get_attr(model.model, key)),))})
-    return clone
+        optimise(with_ones_added(toy[0]), inverted[1], toy[4], toy[5])
 
 
 # Bad input
@@ -337,7 +300,7 @@ def with_lora_toy(model):
 def test_latents_that_are_no_picture_are_named(tiny, latent, sentence):
     model, clip, _ = tiny("sd1")
     with pytest.raises(ValueError, match=sentence):
-        invert(model, encode(clip, "a cat"), {"samples": latent})
+        invert(model, stock_encode(clip, "a cat"), {"samples": latent})
 
 
 def test_models_and_prompts_that_cannot_be_inverted_are_named(toy, tiny, one):
@@ -345,7 +308,7 @@ def test_models_and_prompts_that_cannot_be_inverted_are_named(toy, tiny, one):
     with pytest.raises(ValueError, match="changes guidance"):
         invert(rescaled, toy[4], one)
     with pytest.raises(ValueError, match="conditioning is 64 wide and the MODEL reads contexts 128 wide"):
-        invert(toy[0], encode(tiny("sd1").clip, "a cat"), one)
+        invert(toy[0], stock_encode(tiny("sd1").clip, "a cat"), one)
 
 
 def test_null_text_names_what_it_cannot_do(toy, tiny, one, inverted):
@@ -361,7 +324,7 @@ def test_null_text_names_what_it_cannot_do(toy, tiny, one, inverted):
     with pytest.raises(ValueError, match=r"more than one plain prompt \(area"):
         optimise(model, trajectory, prompt, area)
     with pytest.raises(ValueError, match="unconditional is 64 wide"):
-        optimise(model, trajectory, prompt, encode(tiny("sd1").clip, ""))
+        optimise(model, trajectory, prompt, stock_encode(tiny("sd1").clip, ""))
     with pytest.raises(ValueError, match="share a timestep"):
         optimise(model, invert(model, prompt, one, 60, "karras", 0)[1], prompt, empty)
     with pytest.raises(ValueError, match="not finite at step 1"):

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from comfy_extras import nodes_custom_sampler as custom
+from comfy_extras.nodes_freelunch import FreeU_V2
 from concept_atelier.benchmarks import speed_layout
 from concept_atelier.kernels.backbone import TextContext
 from concept_atelier.kernels.concept import Concept
@@ -14,16 +15,20 @@ from concept_atelier.kernels.layout_guidance import Box, LayoutGuidance, Placeme
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.kernels.prompts import Prompt
 from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
-from concept_atelier.nodes.guidance import AtelierGCFG, AtelierGuidanceBranch
+from concept_atelier.nodes.attention import AtelierAttentionMaps
+from concept_atelier.nodes.guidance import AtelierGCFG
 from concept_atelier.nodes.layout_guidance import AtelierLayoutGuidance, AtelierLayoutPredictor
 from concept_atelier.nodes.native import layout_predictor
+from concept_atelier.nodes.native.attention_maps import AttentionRecorder
 from concept_atelier.nodes.native.backbone import cross_attention_layers, native_session
 from concept_atelier.nodes.native.gradients import differentiable_model
-from concept_atelier.nodes.native.layout_guidance import LayoutGuide, phrase_tokens
+from concept_atelier.nodes.native.layout_guidance import GuidedPrompt, LayoutGuide, phrase_tokens
 from concept_atelier.nodes.native.payload import WORDS
 from concept_atelier.nodes.native.text import describe_clip
 from concept_atelier.nodes.toy import AtelierToyCheckpoint
 from concept_atelier.toyworld.judge import load_judge
+from guiding import OFF, advanced, branch, empty_latent, gcfg
+from patched_models import KEYS_AND_VALUES, make_dynamic, with_lora
 
 import nodes as comfy_nodes
 
@@ -31,11 +36,7 @@ PROMPT = "a <salute> cat and a panda on grass"
 SIZE = 512
 
 
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
-    comfy.model_management.interrupt_current_processing(False)
+pytestmark = pytest.mark.usefixtures("inference_mode", "cancellable")
 
 
 def per_layer_concept(model, clip):
@@ -101,19 +102,18 @@ def test_a_dynamic_model_is_guided_through_a_whole_copy():
     expected = sample(guided(model, conditioning[0]), *conditioning)
     reloaded = []
 
-    def reload(disable_dynamic):
+    def reload():
         reloaded.append(tiny_models.build_unet("sd1"))
         return reloaded[-1]
 
     dynamic = AtelierApplyConcepts.execute(tiny_models.build_unet("sd1"))[0]
-    dynamic.__class__ = type("Dynamic", (type(dynamic),), {"is_dynamic": lambda self: True})
-    dynamic.cached_patcher_init = (reload, ())
+    make_dynamic(dynamic, reload)
     weights = list(dynamic.model.parameters())
     torch.testing.assert_close(sample(guided(dynamic, conditioning[0]), *conditioning), expected)
     assert reloaded and all(one is other for one, other in zip(weights, dynamic.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral", "lms", "uni_pc"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral", "lms"])
 def test_every_sampler_is_guided(scene, sampler):
     model, *conditioning = scene
     moved = sample(guided(model, conditioning[0]), *conditioning, sampler)
@@ -147,13 +147,122 @@ def test_gcfg_is_guided_once(scene, tiny):
     patched = guided(model, positive)
     pictures = []
     for one in (model, patched):
-        branch = AtelierGuidanceBranch.execute(one, other, 1e-6, 0.0, 1.0)[0]
-        pictures.append(
-            sample(AtelierGCFG.execute(one, {"branch0": branch}, 0.0, 1.0, 0.0, 0.0)[0], positive, negative)
-        )
+        branches = {"branch0": branch(one, other, 1e-6)}
+        pictures.append(sample(AtelierGCFG.execute(one, branches, **OFF)[0], positive, negative))
     plain, moved = pictures
     torch.testing.assert_close(moved, sample(patched, positive, negative), rtol=0, atol=2e-2)
     assert (moved - plain).abs().max() > 0.1
+
+
+def losses_of(monkeypatch, guider):
+    """The losses of a guided sampling, forward by forward."""
+    losses, stock = [], LayoutGuide.loss
+
+    def loss(*given):
+        losses.append(stock(*given))
+        return losses[-1]
+
+    monkeypatch.setattr(LayoutGuide, "loss", loss)
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.model.model_sampling, "normal", 3)
+    noise, latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 4, 16, 16)
+    guider.sample(noise, latent, comfy.samplers.ksampler("euler"), sigmas, disable_pbar=True)
+    monkeypatch.undo()
+    return [round(loss.item(), 5) for loss in losses]
+
+
+def test_a_branch_of_gcfg_is_read_with_its_own_keys(scene, monkeypatch):
+    model, positive, negative = scene
+    once = {"steps": 1, "iterations": 1}
+    patched = guided(model, positive, **once)
+    learned = branch(with_lora(patched, 5, layers=KEYS_AND_VALUES), positive, 5.0)
+    guider, _ = gcfg(patched, negative, learned)
+    trained = guided(with_lora(model, 5, layers=KEYS_AND_VALUES), positive, **once)
+    plain, untrained = (custom.CFGGuider.execute(one, positive, negative, 5.0)[0] for one in (trained, patched))
+    expected = losses_of(monkeypatch, plain)
+    assert losses_of(monkeypatch, guider) == pytest.approx(expected, abs=2e-5)
+    assert losses_of(monkeypatch, untrained) != pytest.approx(expected, abs=1e-3)
+
+
+def test_a_gcfg_that_cannot_be_guided_says_why(scene):
+    model, positive, negative = scene
+    patched = guided(model, positive)
+
+    def run(unconditional, of_branch):
+        advanced(gcfg(unconditional, negative, branch(of_branch, positive, 5.0))[0], latent=empty_latent(16))
+
+    with pytest.raises(ValueError, match="put the same LoRAs on the MODELs of all branches"):
+        run(patched, with_lora(patched, 5))
+    with pytest.raises(ValueError, match="put one such node before both"):
+        run(model, patched)
+    elsewhere = AtelierApplyConcepts.execute(tiny_models.build_unet("sd1", seed=7))[0]
+    with pytest.raises(ValueError, match="a branch on the same checkpoint as the unconditional"):
+        run(patched, elsewhere)
+
+
+def test_a_silenced_prompt_does_not_count(scene, monkeypatch):
+    """Conditioning Zero Out keeps the words of the prompt that it silences."""
+    model, positive, negative = scene
+    patched, zero = guided(model, positive), comfy_nodes.ConditioningZeroOut().zero_out(positive)[0]
+    silenced, empty = (
+        losses_of(monkeypatch, custom.CFGGuider.execute(patched, positive, other, 1.0)[0]) for other in (zero, negative)
+    )
+    assert silenced == empty
+
+
+def test_maps_of_a_guided_model_are_those_of_the_sampling(scene, monkeypatch):
+    model, positive, negative = scene
+    seen, add = [], AttentionRecorder.add
+
+    def record(self, place, maps):
+        seen.append((place, maps.requires_grad))
+        add(self, place, maps)
+
+    monkeypatch.setattr(AttentionRecorder, "add", record)
+    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    counts = []
+    for one in (model, guided(model, positive)):
+        seen.clear()
+        AtelierAttentionMaps.execute(
+            one, positive, negative, latent, "cat", "all", 0, 10000, True, 0.6, seed=3, steps=2, cfg=3.0,
+            sampler_name="euler", scheduler="normal", denoise=1.0,
+        )  # fmt: skip
+        counts.append(len(seen))
+        assert not any(graph for _, graph in seen)
+    assert counts[0] == counts[1] > 0
+
+
+def test_patches_that_write_in_place_leave_the_gradient_right(scene):
+    """FreeU V2 multiplies activations in place."""
+    model, positive, _ = scene
+    words = positive[0][1][WORDS]
+    placed = {words: [Placement(phrase_tokens(words, "cat"), (Box(0, 0, 0.5, 1),))]}
+    guide = LayoutGuide(placed, LayoutGuidance(), guidance_layers(cross_attention_layers(model)))
+    free = FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
+    x = 3 * torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    direction, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), 2e-3
+    up, down = (loss_and_gradient(guide, free, positive, x + d * direction, 2.5)[0] for d in (h, -h))
+    slope = (loss_and_gradient(guide, free, positive, x, 2.5)[1] * direction).sum((1, 2, 3))
+    torch.testing.assert_close((up - down) / (2 * h), slope, rtol=0.03, atol=2e-4)
+    assert slope.abs() > 1e-3
+
+
+def test_tiles_are_refused(scene):
+    model, *conditioning = scene
+
+    def halves(apply_model, given):
+        halves = [apply_model(half, given["timestep"], **given["c"]) for half in given["input"].chunk(2, dim=-1)]
+        return torch.cat(halves, dim=-1)
+
+    tiled = model.clone()
+    tiled.set_model_unet_function_wrapper(halves)
+    with pytest.raises(ValueError, match="cuts the picture into tiles"):
+        sample(guided(tiled, conditioning[0]), *conditioning)
+
+
+def test_a_second_guidance_on_a_model_is_refused(scene):
+    model, positive, _ = scene
+    with pytest.raises(ValueError, match="name all things and their boxes in one node"):
+        guided(guided(model, positive, "cat", box(0, 0, 99, 99)), positive, "panda", box(0, 0, 99, 99))
 
 
 def test_the_benchmark_compares_three_sides(capsys):
@@ -182,10 +291,10 @@ def test_euler_goes_on_from_the_moved_latents(scene):
         if "after" not in seen:
             seen["after"] = x.clone()
             guider = executor.class_obj
-            cond = next(c for conds in guider.conds.values() for c in conds if c.get(WORDS) in guide.placed)
+            [prompt] = guide.prompts(guider)
             with torch.inference_mode(False), torch.enable_grad():
                 x_k = seen["before"].clone().requires_grad_(True)
-                loss = guide.loss(guider.inner_model, cond, x_k, seen["sigma"], model_options)
+                loss = guide.loss(guider.inner_model, prompt, x_k, seen["sigma"], model_options)
                 (seen["gradient"],) = torch.autograd.grad(loss.sum(), x_k)
         return out
 
@@ -206,7 +315,8 @@ def loss_and_gradient(guide, model, positive, x, sigma):
             [cond] = wrap.conds["positive"]
             with torch.inference_mode(False), torch.enable_grad():
                 x_k = x.clone().requires_grad_(True)
-                loss = guide.loss(wrap.inner_model, cond, x_k, sigma, extra_args["model_options"])
+                prompt = GuidedPrompt(cond, {})
+                loss = guide.loss(wrap.inner_model, prompt, x_k, sigma, extra_args["model_options"])
                 (gradient,) = torch.autograd.grad(loss.sum(), x_k)
             out["loss"], out["gradient"] = loss.detach().clone(), gradient.clone()
             return x
@@ -332,6 +442,7 @@ def test_words_are_found_as_they_stand():
     assert phrase_tokens(words, "<dog> red") == (7, 8, 9)
     assert phrase_tokens(words, "t-shirt") == (11, 12, 13)
     assert phrase_tokens(words, "ball red") == ()
+    assert phrase_tokens(("", "cat", "'s", "toy", ""), "Cat's toy") == (1, 2, 3)
 
 
 def layout(model):
@@ -353,7 +464,8 @@ def test_boxes_go_to_words_by_label_or_in_order(scene):
     assert places("cat, panda", [bare]) == {"cat": (one,), "panda": (other,)}
     assert places(" ", drawn) == places("cat, panda", drawn) == {"panda": (one,), "cat": (other,)}
     assert places("cat", drawn) == {"cat": (other,)}
-    assert places("cat, grass", drawn) == {"cat": (one,), "grass": (other,)}
+    spoken = [{**one, "label": f"A {one['label'].title()}"} for one in drawn]  # as Detect by Text may label them
+    assert places("cat, panda", spoken) == {"panda": (one,), "cat": (other,)}
     assert places("cat, cat", bare) == {"cat": (one, other)}
     assert [p.boxes[0].x0 for p in layout(guided(model, positive, "cat, panda"))] == [0.1, 0.6]
 
@@ -363,10 +475,12 @@ def test_boxes_go_to_words_by_label_or_in_order(scene):
     [
         ({"words": "dog, panda"}, "does not have dog: choose among"),
         ({"words": "grass panda, cat"}, 'No prompt says all of "grass panda"'),
-        ({"words": "cat"}, "words names 1: name two things"),
+        ({"words": "cat"}, 'words says "cat": name two different things'),
         ({"bboxes": [box(0, 0, 100, 100)] * 3}, "3 boxes and words names 2 things"),
         ({"words": "", "bboxes": [box(0, 0, 9, 9)]}, "no label"),
         ({"words": "", "bboxes": []}, "0 boxes"),
+        ({"words": "cat, cat"}, 'says "cat, cat": name two different things'),
+        ({"words": "cat", "bboxes": box(0, 0, 99, 99, label="dog")}, 'No box on bboxes is labelled "cat", only dog'),
         ({"words": "cat", "bboxes": box(10, 10, 0, 100)}, 'box of "cat" goes .* no area'),
         ({"words": "cat", "bboxes": box(500, 10, 100, 100)}, 'box of "cat" goes .* beyond its borders'),
         ({"words": "cat", "bboxes": box(-1, 10, 100, 100)}, "beyond its borders"),
@@ -456,14 +570,15 @@ def toy():
         return AtelierToyCheckpoint.execute().args
 
 
-def test_in_the_toy_world_the_figure_named_first_goes_to_its_box(toy):
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "uni_pc"])  # uni_pc hands over a copy of its latents
+def test_in_the_toy_world_the_figure_named_first_goes_to_its_box(toy, sampler):
     model, clip, vae = toy
     positive, negative = (AtelierTextEncode.execute(clip, text, {})[0] for text in ("a cat and a panda on grass", ""))
     latent = {"samples": torch.zeros(6, model.model.latent_format.latent_channels, 8, 8)}
     found = {}
     for side, x in (("left", 6), ("right", 38)):
         patched = guided(model, positive, "cat", box(x, 13, 24, 38), 64, 64, steps=4, iterations=5, threshold=0.2)
-        images = vae.decode(sample(patched, positive, negative, "euler_ancestral", 12, latent=latent, cfg=3.0))
+        images = vae.decode(sample(patched, positive, negative, sampler, 12, latent=latent, cfg=3.0))
         read = load_judge().read(images.clamp(0, 1).movedim(-1, 1))
         found[side] = list(zip(read["subject"], read["second"], strict=True))  # from left to right
     assert found["left"].count(("cat", "panda")) >= 5

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from comfy.patcher_extension import WrappersMP
+from comparing import relative
 from concept_atelier.kernels.backbone import Layer, TextContext
 from concept_atelier.kernels.prompts import parse_prompt
 from concept_atelier.kernels.schedule import NoiseSchedule
@@ -24,10 +25,6 @@ T = torch.tensor([37, 640])
 
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def conditioning(clip, text):

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
+import guiding
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
+from comparing import relative
 from concept_atelier.kernels.nulltext import ConceptModel
-from concept_atelier.nodes.guidance import AtelierGCFG, AtelierGCFGGuider, AtelierGuidanceBranch
+from concept_atelier.nodes.guidance import AtelierGCFG
 from concept_atelier.nodes.native.nulltext import add_learned, null_text_form, operate, trainable_weights
+from guiding import OFF, branch, counting, empty_latent, gcfg
+from patched_models import with_uniform_attention
+from prompting import STEPS, ksampler, stock_encode
 
-import nodes as comfy_nodes
-
-STEPS, SEED, SIZE = 3, 3, 64
-OFF = {"rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0}
+SIZE, LATENT_SIZE = 64, 16
 W1 = [-1.0, 0.7, 2.5, 7.5]
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
@@ -35,7 +31,7 @@ def parts(request, tiny):
 def prompts(parts):
     """The null prompt and two others."""
     with torch.inference_mode():
-        return [comfy_nodes.CLIPTextEncode().encode(parts.clip, text)[0] for text in ("", "a man", "grass")]
+        return [stock_encode(parts.clip, text) for text in ("", "a man", "grass")]
 
 
 def surgery(parts, model):
@@ -61,21 +57,8 @@ def trained(untrained):
     return add_learned(untrained, ConceptModel(form.family, form.features, form.pooled, deltas))
 
 
-def branch(model, conditioning, weight, start=0.0, end=1.0):
-    return AtelierGuidanceBranch.execute(model, conditioning, weight, start, end)[0]
-
-
-def gcfg(model, unconditional, *branches):
-    named = {f"branch{i}": b for i, b in enumerate(branches)}
-    return AtelierGCFGGuider.execute(model, unconditional, named, **OFF)
-
-
 def advanced(guider):
-    """SamplerCustomAdvanced."""
-    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.model.model_sampling, "normal", STEPS)
-    noise, sampler = custom.RandomNoise.execute(SEED)[0], custom.KSamplerSelect.execute("euler")[0]
-    latent = {"samples": torch.zeros(1, 4, 16, 16)}
-    return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent)[0]["samples"]
+    return guiding.advanced(guider, latent=empty_latent(LATENT_SIZE))
 
 
 def alone(model, conditioning):
@@ -83,17 +66,11 @@ def alone(model, conditioning):
     return advanced(custom.CFGGuider.execute(model, conditioning, conditioning, 1.0)[0])
 
 
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
 @pytest.mark.parametrize("w1", W1)
 def test_where_surgery_is_exact_it_paints_the_unconditional_base(parts, prompts, w1):
     """With K projections of zero attention is uniform, and what replaces it says the same: any w1, w2 = 0."""
     u, a, b = prompts
-    base = parts.model.clone()
-    keys = [key for key in base.model.state_dict() if key.endswith("attn2.to_k.weight")]
-    base.add_patches({key: ("set", (torch.zeros_like(comfy.utils.get_attr(base.model, key)),)) for key in keys})
+    base = with_uniform_attention(parts.model)
     concept = surgery(parts, base)
     guider, cost = gcfg(base, u, branch(concept, a, w1), branch(base, b, 0.0)).args
     out = advanced(guider)
@@ -134,39 +111,21 @@ def test_elsewhere_it_is_off_by_the_error_of_the_surgery_times_w1(parts, prompts
 
 
 def by_hand(unconditional, branches):
-    """Euler written out; each prediction after loading its MODEL. Both as (MODEL, conditioning[, weight])."""
-    model = unconditional[0].model
-    sigmas = comfy.samplers.calculate_sigmas(model.model_sampling, "normal", STEPS)
-    latent = torch.zeros(1, 4, 16, 16)
-    x = model.model_sampling.noise_scaling(sigmas[0], comfy.sample.prepare_noise(latent, SEED), latent, True)
+    """Each prediction by a stock guider on its MODEL."""
 
-    def clean(patcher, conditioning, sigma):
+    def clean(model, conditioning, x, sigma):
         taken = {}
 
         def sampler(wrapped, noise, sigmas, extra_args, callback, disable):
             taken["D"] = wrapped(x, sigma, **extra_args)
             return noise
 
-        guider = custom.CFGGuider.execute(patcher, conditioning, conditioning, 1.0)[0]
-        run = comfy.samplers.KSAMPLER(sampler)
-        guider.sample(torch.zeros_like(x), latent, run, torch.tensor([float(sigma), 0.0]), disable_pbar=True)
+        guider = custom.CFGGuider.execute(model, conditioning, conditioning, 1.0)[0]
+        run, zeros = comfy.samplers.KSAMPLER(sampler), torch.zeros_like(x)
+        guider.sample(zeros, zeros, run, torch.tensor([float(sigma), 0.0]), disable_pbar=True)
         return taken["D"]
 
-    for sigma, following in zip(sigmas[:-1, None], sigmas[1:, None]):
-        D_0 = clean(*unconditional, sigma)
-        D = D_0 + sum(w * (clean(patcher, conditioning, sigma) - D_0) for patcher, conditioning, w in branches)
-        x = x + (x - D) / sigma * (following - sigma)
-    return model.process_latent_out(x)
-
-
-def forwards_of(model, run):
-    """What run() gives, and the batch sizes of the forwards it took."""
-    seen = []
-    hook = model.model.diffusion_model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    try:
-        return run(), seen
-    finally:
-        hook.remove()
+    return guiding.by_hand(clean, unconditional, branches, LATENT_SIZE)
 
 
 def test_concept_and_control_over_the_base(parts, prompts, trained):
@@ -174,7 +133,8 @@ def test_concept_and_control_over_the_base(parts, prompts, trained):
     u, a, b = prompts
     three = (parts.model, u), [(trained, u, 2.0), (parts.model, a, 2.5)]
     guider, cost = gcfg(*three[0], *(branch(*one) for one in three[1])).args
-    out, forwards = forwards_of(parts.model, lambda: advanced(guider))
+    with counting(parts.model) as forwards:
+        out = advanced(guider)
     assert sorted(forwards) == [1] * STEPS + [2] * STEPS
     assert cost.splitlines()[0] == "2 forwards of the U-Net a step"
     assert relative(out, by_hand(*three)) < 1e-4
@@ -199,7 +159,6 @@ def test_its_weights_are_its_own(parts, prompts, trained, untrained):
 def test_the_concept_from_a_plain_ksampler(parts, prompts, trained):
     u, a, _ = prompts
     patched = AtelierGCFG.execute(parts.model, {"branch0": branch(trained, u, 2.0)}, **OFF)[0]
-    latent = {"samples": torch.zeros(1, 4, 16, 16)}
-    out = comfy_nodes.KSampler().sample(patched, SEED, STEPS, 2.5, "euler", "normal", a, u, latent)[0]["samples"]
+    out = ksampler(patched, a, u, empty_latent(LATENT_SIZE), cfg=2.5)
     guider = gcfg(parts.model, u, branch(parts.model, a, 2.5), branch(trained, u, 2.0))[0]
     assert relative(out, advanced(guider)) < 1e-5

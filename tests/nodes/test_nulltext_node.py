@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,15 +15,17 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from cancelling import after_each_step, cancel_at_step
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest._io import HiddenHolder
+from comparing import digest, relative
 from concept_atelier.kernels.diffusers_attention import transformer_blocks
 from concept_atelier.kernels.diffusers_backbone import DiffusersBackbone
 from concept_atelier.kernels.nulltext import ConceptModel, null_context, save_concept_model
 from concept_atelier.kernels.nulltext_unet import is_text_weight, make_concept_model
 from concept_atelier.kernels.schedule import NoiseSchedule
 from concept_atelier.nodes.native.backbone import NativeBackbone, native_session
-from concept_atelier.nodes.native.live import LiveReport, stop_requests
+from concept_atelier.nodes.native.live import stop_requests
 from concept_atelier.nodes.native.nulltext import (
     apply_concept_model,
     null_text_form,
@@ -34,6 +35,7 @@ from concept_atelier.nodes.native.nulltext import (
 )
 from concept_atelier.nodes.nulltext import AtelierLoadConceptModel, AtelierNullTextSurgery
 from concept_atelier.nodes.train_nulltext import NO_FOLDER, AtelierTrainNullText
+from patched_models import with_uniform_attention
 from PIL import Image
 from torch import Tensor
 
@@ -46,14 +48,12 @@ NOISE = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_prompt(monkeypatch, tmp_path):
+def as_in_a_prompt(monkeypatch, tmp_path, cancellable):
     hidden = HiddenHolder.from_dict({"UNIQUE_ID": NODE_ID})
     for node in (AtelierTrainNullText, AtelierNullTextSurgery):
         monkeypatch.setattr(node, "hidden", hidden, raising=False)
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
-    yield
-    comfy.model_management.interrupt_current_processing(False)
 
 
 def pictures(count: int = 3) -> Tensor:
@@ -115,18 +115,6 @@ def sample(model: ModelPatcher, positive, negative=None, cfg: float = 1.0) -> Te
         )
 
 
-def digest(parts) -> str:
-    hashes = hashlib.sha256()
-    for part in (parts.model.model, parts.clip.cond_stage_model, parts.vae.first_stage_model):
-        for weight in part.state_dict().values():
-            hashes.update(weight.numpy().tobytes())
-    return hashes.hexdigest()
-
-
-def relative(ours: Tensor, reference: Tensor) -> float:
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
-
-
 def test_the_output_does_not_depend_on_the_prompt(any_tiny):
     model = surgery(any_tiny).args[0]
     cat, long = conditioning(any_tiny, "a cat"), conditioning(any_tiny, "a dog, " * 30)
@@ -154,9 +142,7 @@ def test_the_base_is_left_as_it_was(tiny):
 def test_with_uniform_attention_it_is_the_models_null_prompt(tiny, topology):
     """METHODS 5.9, 8 and 9: K projections of zero, patched like any other weight."""
     parts = tiny(topology)
-    model = parts.model.clone()
-    keys = [key for key in model.model.state_dict() if key.endswith("attn2.to_k.weight")]
-    model.add_patches({key: ("set", (torch.zeros_like(comfy.utils.get_attr(model.model, key)),)) for key in keys})
+    model = with_uniform_attention(parts.model)
     uniform_attention = parts._replace(model=model)
     null = conditioning(parts, "")
     with torch.inference_mode():
@@ -332,23 +318,12 @@ def test_lora_keeps_working(tiny):
     assert not torch.equal(sample(after, cat), plain)
 
 
-def cancel_at(monkeypatch, step: int) -> None:
-    stock = LiveReport.step
-
-    def step_then_cancel(self, done, losses, stats):
-        stock(self, done, losses, stats)
-        if done == step:
-            comfy.model_management.interrupt_current_processing()
-
-    monkeypatch.setattr(LiveReport, "step", step_then_cancel)
-
-
 def test_cancel_keeps_the_work_and_resuming_is_exact(tiny, monkeypatch, tmp_path):
     operated = surgery(tiny("sd1")).args[0]
     whole = train(tiny("sd1"), operated).args
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        cancel_at(patch, 2)  # what is cancelled is step 3, in its first layer
+        cancel_at_step(patch, 2)  # what is cancelled is step 3, in its first layer
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(tiny("sd1"), operated)
     resumed = train(tiny("sd1"), operated).args
@@ -358,13 +333,7 @@ def test_cancel_keeps_the_work_and_resuming_is_exact(tiny, monkeypatch, tmp_path
 
 
 def test_stop_and_keep_ends_the_run(tiny, monkeypatch):
-    stock = LiveReport.step
-
-    def step_then_stop(self, done, losses, stats):
-        stock(self, done, losses, stats)
-        stop_requests.add(NODE_ID)
-
-    monkeypatch.setattr(LiveReport, "step", step_then_stop)
+    after_each_step(monkeypatch, lambda _: stop_requests.add(NODE_ID))
     model, _, loss_map = train(tiny("sd1"), surgery(tiny("sd1")).args[0], steps=50).args
     assert len(loss_map["loss"]) == 1 and null_text_form(model).metadata["steps"] == "1"
 

@@ -14,6 +14,7 @@ import comfy.utils
 import pytest
 import tiny_models
 import torch
+from comparing import relative
 from concept_atelier.kernels.backbone import Backbone, TextContext, TextEncoding
 from concept_atelier.kernels.conditioning import encode_prompt
 from concept_atelier.kernels.diffusers_backbone import DiffusersBackbone, KLAutoencoder, Tower
@@ -107,12 +108,6 @@ def pair(request: pytest.FixtureRequest, both: Callable[[str], tuple]) -> Iterat
     parts, diffusers = both(request.param)
     with native_session(parts.model, parts.clip, parts.vae) as native:
         yield Pair(native, diffusers)
-
-
-def relative(ours: Tensor, reference: Tensor) -> float:
-    """Largest difference over largest value."""
-    assert ours.shape == reference.shape
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 def inputs(backbone: Backbone) -> tuple[Tensor, Tensor]:

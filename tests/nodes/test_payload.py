@@ -1,40 +1,28 @@
 """What rides in CONDITIONING: nothing where stock suffices, nothing left behind, a sentence where it cannot work."""
 
-import hashlib
 from types import SimpleNamespace
 
 import comfy.model_sampling
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
+from comparing import digest
 from concept_atelier.kernels.backbone import TextContext
 from concept_atelier.kernels.concept import Concept
 from concept_atelier.kernels.conditioning import StagedContext
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.nodes.native.payload import KEY, contexts_at
-from prompting import encode, make_concept, route, stock_encode
+from prompting import encode, ksampler, make_concept, route, stock_encode
 
 import nodes as comfy_nodes
 
 ONE_TOKEN, PER_LAYER, STAGED = Layout(), Layout("layer"), Layout("prompt", stages=2)
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def sample(model, positive, negative, steps=2):
-    latent = {"samples": torch.zeros(1, 4, 8, 8)}
-    return comfy_nodes.KSampler().sample(model, 3, steps, 5.0, "euler", "normal", positive, negative, latent)[0][
-        "samples"
-    ]
-
-
-@pytest.fixture(scope="module")
-def sd1(tiny):
-    return tiny("sd1")
+    return ksampler(model, positive, negative, steps=steps)
 
 
 @pytest.fixture
@@ -90,18 +78,12 @@ def test_other_patches_see_the_contexts_of_their_layer(sd1, prompts):
 
 
 def test_the_base_model_is_as_before(sd1, prompts):
-    def weights():
-        digest = hashlib.sha256()
-        for name, weight in sd1.model.model.state_dict().items():
-            digest.update(name.encode() + weight.numpy().tobytes())
-        return digest.hexdigest()
-
     plain = stock_encode(sd1.clip, "a man"), prompts[1]
-    picture, fingerprint = sample(sd1.model, *plain), weights()
+    picture, fingerprint = sample(sd1.model, *plain), digest(sd1)
     conditioning = prompts[0][0][0].clone()
     sample(route(sd1.model), *prompts)
     assert torch.equal(sample(sd1.model, *plain), picture)
-    assert weights() == fingerprint
+    assert digest(sd1) == fingerprint
     assert torch.equal(prompts[0][0][0], conditioning)
     assert not sd1.model.wrappers.get("calc_cond_batch")
 

@@ -2,15 +2,13 @@
 
 import re
 
-import comfy.cldm.cldm
-import comfy.controlnet
 import comfy.model_management
-import comfy.ops
 import comfy.samplers
 import folder_paths
 import pytest
 import tiny_models
 import torch
+from cancelling import cancel_at_prediction
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import RescaleCFG
 from concept_atelier.kernels.features import Dino
@@ -36,22 +34,15 @@ from concept_atelier.nodes.toy import AtelierToyCheckpoint, to_batch
 from concept_atelier.toyworld.exemplars import subject_scenes
 from concept_atelier.toyworld.render import render_with_mask
 from concept_atelier.toyworld.vocabulary import caption
+from patched_models import make_dynamic, with_ones_added
+from prompting import stock_encode
 
 import nodes as comfy_nodes
 
 STEPS, CFG = 8, 4.0
 FIT = "symmetric chamfer"
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
-    comfy.model_management.interrupt_current_processing(False)
-
-
-def encode(clip, text):
-    return comfy_nodes.CLIPTextEncode().encode(clip, text)[0]
+pytestmark = pytest.mark.usefixtures("inference_mode", "cancellable")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +59,7 @@ class Toy:
     def __init__(self, world):
         images, self.masks, texts = world
         self.model, self.clip, vae = AtelierToyCheckpoint.execute().args
-        self.prompt, self.empty = encode(self.clip, texts[1]), encode(self.clip, "")
+        self.prompt, self.empty = stock_encode(self.clip, texts[1]), stock_encode(self.clip, "")
         self.latent = {"samples": vae.encode(images[:1])}
         self.trajectory, self.sigmas = self.invert(self.model)
         self.noise = custom.RandomNoise.execute(5)[0]
@@ -126,6 +117,14 @@ def first(toy):
     """The first pass."""
     with torch.inference_mode():
         return toy.sample(EULER)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the nodes show as text, in order."""
+    texts = []
+    monkeypatch.setattr(reference, "show_text", lambda text, node: texts.append(text))
+    return texts
 
 
 # Sampling
@@ -221,7 +220,7 @@ def test_outside_of_an_inpainting_mask_nothing_changes(toy):
 
 def tiny_outputs(model, clip, prompts=None, inner_steps=(0, 1)):
     """Pictures guided along random latents, one for each number of inner steps."""
-    prompt, empty = prompts or (encode(clip, "a cat"), encode(clip, ""))
+    prompt, empty = prompts or (stock_encode(clip, "a cat"), stock_encode(clip, ""))
     latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
     _, trajectory, sigmas, _ = AtelierDDIMInversion.execute(model, prompt, latent, 3, "ddim_uniform", 0).args
     mask = torch.zeros(1, 128, 128)
@@ -252,15 +251,13 @@ def test_a_dynamic_model_takes_its_gradients_from_a_whole_copy():
     """Dynamic VRAM needs a GPU; a patcher that says so and reloads itself stands for it."""
     model, clip, _ = tiny_models.build("sd1")
     [expected] = tiny_outputs(model, clip, inner_steps=[1])
-    dynamic = tiny_models.build_unet("sd1")
-    dynamic.__class__ = type("Dynamic", (type(dynamic),), {"is_dynamic": lambda self: True})
-    reloaded = []
+    dynamic, reloaded = tiny_models.build_unet("sd1"), []
 
-    def reload(disable_dynamic):
+    def reload():
         reloaded.append(tiny_models.build_unet("sd1"))
         return reloaded[-1]
 
-    dynamic.cached_patcher_init = (reload, ())
+    make_dynamic(dynamic, reload)
     with torch.inference_mode():
         weights = list(dynamic.model.parameters())
     [found] = tiny_outputs(dynamic, clip, inner_steps=[1])
@@ -269,20 +266,11 @@ def test_a_dynamic_model_takes_its_gradients_from_a_whole_copy():
     assert dynamic.model.current_patcher is None
 
 
-def make_controlnet(model):
-    config = dict(model.model.model_config.unet_config)
-    for key in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
-        config.pop(key, None)
-    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu")
-    tiny_models.fill(net, 11)
-    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
-
-
 def test_a_controlnet_on_the_prompt_counts_and_one_on_both_is_refused(tiny):
     model, clip, _ = tiny("sd1")
-    prompt, empty = encode(clip, "a cat"), encode(clip, "")
+    prompt, empty = stock_encode(clip, "a cat"), stock_encode(clip, "")
     hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
-    net = make_controlnet(model)
+    net = tiny_models.build_controlnet(model)
     both = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(prompt, empty, net, hint, 0.2, 0.0, 1.0)
     [plain] = tiny_outputs(model, clip, inner_steps=[1])
     [controlled] = tiny_outputs(model, clip, (both[0], empty), [1])
@@ -338,7 +326,7 @@ def staged(toy):
     from concept_atelier.nodes.native.backbone import cross_attention_layers
 
     layers, rows = cross_attention_layers(toy.model), toy.prompt[0][0]
-    other = encode(toy.clip, "a cat sits on sand")[0][0]
+    other = stock_encode(toy.clip, "a cat sits on sand")[0][0]
     contexts = tuple(TextContext.plain(one.clone(), layers) for one in (other, rows))
     return concept_conditioning(StagedContext((0, 500), contexts, {}), layers, ())
 
@@ -358,31 +346,19 @@ def test_concepts_that_change_over_the_steps_arrive_with_the_prompt(toy, guided)
 
 def test_areas_of_the_prompt_count(toy, guided):
     """ComfyUI gives the negative prompt a copy for each area, which is varied with it."""
-    half = comfy_nodes.ConditioningSetArea().append(encode(toy.clip, "a cat"), 32, 64, 0, 0, 1.0)[0]
+    half = comfy_nodes.ConditioningSetArea().append(stock_encode(toy.clip, "a cat"), 32, 64, 0, 0, 1.0)[0]
     out = toy.sample(guidance(toy), toy.guider(prompt=toy.prompt + half))
     assert out.isfinite().all() and not torch.allclose(out, guided, atol=1e-2)
 
 
 def test_cancel_takes_effect_within_a_step(toy, monkeypatch):
-    calls = 0
-    stock = comfy.samplers.calc_cond_batch
-
-    def cancel(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # inside of the guided steps
-            comfy.model_management.interrupt_current_processing()
-        return stock(*args, **kwargs)
-
-    monkeypatch.setattr(comfy.samplers, "calc_cond_batch", cancel)
+    asked = cancel_at_prediction(monkeypatch, 4)  # inside of the guided steps
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         toy.sample(guidance(toy))
-    assert calls == 4 and torch.is_inference_mode_enabled()
+    assert len(asked) == 4 and torch.is_inference_mode_enabled()
 
 
-def test_the_node_is_told_how_near_it_came(toy, monkeypatch):
-    told = []
-    monkeypatch.setattr(reference, "show_text", lambda text, node: told.append(text))
+def test_the_node_is_told_how_near_it_came(toy, told):
     toy.sample(guidance(toy))
     assert re.match(r"5 of 8 steps guided, \d+\.\d% of the latents inside", told[0])
     before, after = map(float, re.search(r"reference (\S+) before, (\S+) after", told[1]).groups())
@@ -393,11 +369,8 @@ def test_the_node_is_told_how_near_it_came(toy, monkeypatch):
 
 
 def test_trajectories_of_another_sampling_are_refused(toy):
-    other = toy.model.clone()
-    key = "diffusion_model.out.2.weight"
-    assert other.add_patches({key: ("diff", (torch.ones_like(comfy.utils.get_attr(toy.model.model, key)),))})
     with pytest.raises(ValueError, match="found with another MODEL"):
-        toy.sample(guidance(toy), toy.guider(other))
+        toy.sample(guidance(toy), toy.guider(with_ones_added(toy.model)))
     with pytest.raises(ValueError, match="has 8 steps and the sampling 4"):
         toy.sample(guidance(toy), sigmas=toy.invert(toy.model, 4)[1])
     with pytest.raises(ValueError, match="other noise levels"):
@@ -476,10 +449,8 @@ def test_a_picture_on_its_own_mask_stays(world):
     torch.testing.assert_close(moved, masks[:1], rtol=0, atol=1e-3)
 
 
-def test_it_takes_the_size_of_the_target_and_masks_of_other_sizes(world, monkeypatch):
+def test_it_takes_the_size_of_the_target_and_masks_of_other_sizes(world, told):
     images, masks, _ = world
-    told = []
-    monkeypatch.setattr(reference, "show_text", lambda text, node: told.append(text))
     small = torch.nn.functional.interpolate(masks[:1, None], size=(32, 32), mode="area")[:, 0]
     wide = torch.nn.functional.pad(masks[1:], (32, 32))
     (aligned, _), _ = align(images[:1], small, wide)
@@ -488,24 +459,20 @@ def test_it_takes_the_size_of_the_target_and_masks_of_other_sizes(world, monkeyp
     assert re.search(r"Scaled by \d\.\d\d, turned by -?\d+ degrees; \d+% of both", told[0])
 
 
-def test_no_place_to_put_the_subject_is_said_and_guides_nothing(world, toy, first, monkeypatch):
+def test_no_place_to_put_the_subject_is_said_and_guides_nothing(world, toy, first, told):
     images, masks, _ = world
-    told = []
-    monkeypatch.setattr(reference, "show_text", lambda text, node: told.append(text))
     (aligned, moved), _ = align(images[:1], masks[:1], torch.zeros(1, 64, 64))
     assert torch.equal(aligned, images[:1]) and not moved.any()
     assert "target_mask is empty" in told[0]
     assert torch.equal(toy.sample(guidance(toy, moved)), first)
 
 
-def test_masks_that_say_nothing_are_named(world, monkeypatch):
+def test_masks_that_say_nothing_are_named(world, told):
     images, masks, _ = world
     with pytest.raises(ValueError, match="reference_mask is empty"):
         align(images[:1], torch.zeros(1, 64, 64), masks[1:])
     with pytest.raises(ValueError, match='2 pictures on "reference"'):
         align(images, masks[:1], masks[1:])
-    told = []
-    monkeypatch.setattr(reference, "show_text", lambda text, node: told.append(text))
     align(images[:1], torch.ones(1, 64, 64), masks[1:])
     assert "reference_mask covers everything" in told[0]
 

@@ -12,38 +12,34 @@ import torch
 from concept_atelier.benchmarks.methods.pictures import to_image
 from concept_atelier.benchmarks.replacement import outside, swaps
 from concept_atelier.kernels.backbone import TextContext
-from concept_atelier.kernels.concept import Concept
 from concept_atelier.kernels.conditioning import StagedContext
 from concept_atelier.kernels.inversion import psnr
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.kernels.replacement import match_columns
-from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
+from concept_atelier.nodes.apply import AtelierApplyConcepts
 from concept_atelier.nodes.inversion import AtelierDDIMInversion, AtelierNullTextOptimize
 from concept_atelier.nodes.native import replacement
 from concept_atelier.nodes.native.backbone import cross_attention_layers
 from concept_atelier.nodes.native.fixed_attention import seen_in, with_fixed_columns
 from concept_atelier.nodes.native.payload import WORDS, concept_conditioning
-from concept_atelier.nodes.native.text import describe_clip
 from concept_atelier.nodes.replacement import AtelierReplaceSubject
 from concept_atelier.nodes.toy import AtelierToyCheckpoint
 from concept_atelier.toyworld.render import render
 from concept_atelier.toyworld.vocabulary import caption
+from patched_models import with_ones_added
+from prompting import encode, make_concept, stock_encode
 
 import nodes as comfy_nodes
 
 STEPS, CFG = 8, 3.0
 
+pytestmark = pytest.mark.usefixtures("inference_mode", "cancellable")
+
 
 @pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
+def empty_store():
+    yield
     replacement.STORE.clear()
-    comfy.model_management.interrupt_current_processing(False)
-
-
-def encode(clip, text):
-    return AtelierTextEncode.execute(clip, text, {}).args[0]
 
 
 def replace(model, trajectory, source, target, negative, cfg=CFG, subject="", maps="recompute", renormalise=False):
@@ -204,17 +200,8 @@ def test_every_topology(any_tiny):
 def test_rows_at_the_tail_are_the_subjects_columns(small, stages):
     """Beside the words that the placeholder reads as, where they differ."""
     layout = Layout(tokens=5, stages=stages, place="tail residual")
-    kind, layers = describe_clip(small.clip), cross_attention_layers(small.model)
-    generator = torch.Generator().manual_seed(1)
-    vectors = {tower: torch.randn(stages, 5, width, generator=generator) for tower, width in kind.towers.items()}
-    targets = (
-        AtelierTextEncode.execute(
-            small.clip,
-            "a <rex> on grass",
-            {"c": Concept("rex", vectors, layout, kind.family, layers, {"init_word": w})},
-        ).args[0]
-        for w in ("cat", "brown dog")
-    )
+    concepts = (make_concept(small, "rex", layout, seed=1, init_word=word) for word in ("cat", "brown dog"))
+    targets = [encode(small.clip, "a <rex> on grass", concept) for concept in concepts]
     given = (small.model, small.trajectory, small.source)
     (same, report), (other, other_report) = (replace(*given, target, small.negative) for target in targets)
     assert report.startswith("New subject: <rex>; attention of 72 of 77")
@@ -405,11 +392,8 @@ def test_cancel_takes_effect_within_a_step_and_keeps_what_is_stored(small):
 
 
 def test_a_trajectory_of_another_model_or_of_several_pictures_is_refused(small, tiny):
-    with_lora = small.model.clone()
-    key = "diffusion_model.out.2.weight"
-    with_lora.add_patches({key: ("diff", (torch.ones_like(comfy.utils.get_attr(small.model.model, key)),))})
     with pytest.raises(ValueError, match="found with another MODEL"):
-        replace(with_lora, *inputs(small)[1:])
+        replace(with_ones_added(small.model), *inputs(small)[1:])
     two = {"samples": small.latent["samples"].repeat(2, 1, 1, 1)}
     trajectory = invert(small.model, small.source, two, 2)[1]
     with pytest.raises(ValueError, match="holds 2 pictures"):
@@ -430,7 +414,7 @@ def test_prompts_that_cannot_be_matched_are_named(small, tiny, toy):
     model, trajectory, source, target, negative = inputs(small)
     with pytest.raises(ValueError, match="The target prompt does not have horse: choose the subject among its words"):
         replace(*inputs(small), subject="horse")
-    stock = comfy_nodes.CLIPTextEncode().encode(small.clip, "a dog on grass")[0]
+    stock = stock_encode(small.clip, "a dog on grass")
     with pytest.raises(ValueError, match="target conditioning does not tell which token is which word"):
         replace(model, trajectory, source, stock, negative)
     with pytest.raises(ValueError, match="source conditioning is more than one prompt"):

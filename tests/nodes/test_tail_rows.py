@@ -11,17 +11,12 @@ from prompting import encode, ksampler, make_concept, route, stock_encode
 
 RESIDUAL = Layout(tokens=5, place="tail residual")
 
-
-@pytest.fixture(autouse=True)
-def inference_mode():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference_mode")
 
 
 def tail_concept(tiny, layout: Layout, scale: float, seed: int = 0) -> Concept:
-    made = make_concept(tiny, "rex", replace(layout, place="word"), seed)
-    vectors = {tower: scale * v for tower, v in made.vectors.items()}
-    return Concept("rex", vectors, layout, made.family, made.layers, {"init_word": "brown dog"})
+    made = make_concept(tiny, "rex", layout, seed, init_word="brown dog")
+    return replace(made, vectors={tower: scale * v for tower, v in made.vectors.items()})
 
 
 @pytest.mark.parametrize("topology", ["sd1", "sd2", "sdxl"])

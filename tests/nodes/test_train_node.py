@@ -1,32 +1,23 @@
 """AtelierTrain on real ComfyUI objects: only vectors change, cancel and resume are exact, bad input is named."""
 
-import hashlib
-
 import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from comfy_api.latest._io import HiddenHolder
+from cancelling import after_each_step, cancel_at_step
+from comparing import digest
 from concept_atelier.kernels.exemplars import Exemplar
 from concept_atelier.kernels.gradient_mask import GradientMask
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.kernels.losses import NullTextPrior
-from concept_atelier.nodes.native.live import LiveReport, stop_requests
+from concept_atelier.nodes.native.live import stop_requests
 from concept_atelier.nodes.native.payload import WORDS
 from concept_atelier.nodes.prior import AtelierNullTextPrior
 from concept_atelier.nodes.tokens import AtelierTokenLayout
-from concept_atelier.nodes.train import AtelierTrain
 from prompting import encode
+from train_node import NODE_ID, run_train
 
-NODE_ID = "12"
-
-
-@pytest.fixture(autouse=True)
-def as_in_a_prompt(monkeypatch, tmp_path):
-    monkeypatch.setattr(AtelierTrain, "hidden", HiddenHolder.from_dict({"UNIQUE_ID": NODE_ID}), raising=False)
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    yield
-    comfy.model_management.interrupt_current_processing(False)
+pytestmark = pytest.mark.usefixtures("as_in_a_prompt")
 
 
 def exemplars(captions: str = "a man {} here", count: int = 2) -> tuple[Exemplar, ...]:
@@ -34,51 +25,15 @@ def exemplars(captions: str = "a man {} here", count: int = 2) -> tuple[Exemplar
     return tuple(Exemplar(images[i], captions, None, (images[count + i],)) for i in range(count))
 
 
-def train(tiny_model, **changes):
-    """Run the node as the executor does: in inference mode."""
+def train(parts, **changes):
     values = {
         "exemplars": exemplars(),
         "layout": Layout("block"),
         "gradient_rule": GradientMask(),
         "name": "act",
         "init_word": "action",
-        "steps": 3,
-        "learning_rate": 1e-2,
-        "batch_size": 1,
-        "seed": 0,
-        "sample_prompts": "",
-        "sample_every": 0,
-        "weight_decay": 0.0,
-        "timestep_sampling": "uniform",
-        "use_masks": True,
-        "sample_steps": 2,
-        "sample_cfg": 3.0,
-        "sample_eta": 0.0,
-        "start_fresh": False,
     }
-    with torch.inference_mode():
-        return AtelierTrain.execute(tiny_model.model, tiny_model.clip, tiny_model.vae, **{**values, **changes})
-
-
-def digest(tiny_model) -> str:
-    parts = (tiny_model.model.model, tiny_model.clip.cond_stage_model, tiny_model.vae.first_stage_model)
-    hashes = hashlib.sha256()
-    for part in parts:
-        for weight in part.state_dict().values():
-            hashes.update(weight.numpy().tobytes())
-    return hashes.hexdigest()
-
-
-def cancel_at(monkeypatch, step: int) -> None:
-    """Press Cancel once `step` steps are reported, as the interface does."""
-    stock = LiveReport.step
-
-    def step_then_cancel(self, done, losses, stats):
-        stock(self, done, losses, stats)
-        if done == step:
-            comfy.model_management.interrupt_current_processing()
-
-    monkeypatch.setattr(LiveReport, "step", step_then_cancel)
+    return run_train(parts, **values | changes)
 
 
 def test_only_the_vectors_change(any_tiny):
@@ -97,7 +52,7 @@ def test_cancel_keeps_the_work_and_resuming_is_exact(tiny, monkeypatch, tmp_path
     whole = train(tiny("sd1"), steps=4).args
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        cancel_at(patch, 2)
+        cancel_at_step(patch, 2)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(tiny("sd1"), steps=4)
     resumed = train(tiny("sd1"), steps=4).args
@@ -106,13 +61,7 @@ def test_cancel_keeps_the_work_and_resuming_is_exact(tiny, monkeypatch, tmp_path
 
 
 def test_stop_and_keep_ends_the_run(tiny, monkeypatch):
-    stock = LiveReport.step
-
-    def step_then_stop(self, done, losses, stats):
-        stock(self, done, losses, stats)
-        stop_requests.add(NODE_ID)
-
-    monkeypatch.setattr(LiveReport, "step", step_then_stop)
+    after_each_step(monkeypatch, lambda _: stop_requests.add(NODE_ID))
     concept, _, loss_map = train(tiny("sd1"), steps=50).args
     assert len(loss_map["loss"]) == 1 and concept.metadata["steps"] == "1"
 

@@ -10,7 +10,8 @@ import folder_paths
 import pytest
 import tiny_models
 import torch
-from comfy_api.latest._io import HiddenHolder
+from cancelling import cancel_at_step
+from comparing import digest
 from concept_atelier.kernels.backbone import TextContext
 from concept_atelier.kernels.concept import load_concept, save_concept
 from concept_atelier.kernels.exemplars import Exemplar
@@ -20,12 +21,11 @@ from concept_atelier.kernels.ldm_names import ldm_modules
 from concept_atelier.kernels.weight_plan import ATTENTION, KEY_AND_VALUE, WHOLE_UNET, WeightPlan
 from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
 from concept_atelier.nodes.native.backbone import native_session
-from concept_atelier.nodes.native.live import LiveReport
 from concept_atelier.nodes.native.toy import build_toy
 from concept_atelier.nodes.native.weights import apply_weights
-from concept_atelier.nodes.train import AtelierTrain
 from concept_atelier.nodes.weights import AtelierTrainWeights
 from concept_atelier.toyworld.model import load_toy, text_encoder_state
+from train_node import run_train
 
 import nodes as stock
 
@@ -41,15 +41,8 @@ TOPOLOGIES = ["toy", "sd1", "sd2_v", "sdxl"]
 # Every plan on small models, one on the others: what differs between models is where K and V are.
 CASES = [(topology, name) for topology in ("toy", "sd1") for name in PLANS]
 CASES += [("sd2_v", "Custom Diffusion"), ("sdxl", "Custom Diffusion"), ("sdxl", "LoRA")]
-NODE_ID = "12"
 
-
-@pytest.fixture(autouse=True)
-def as_in_a_prompt(monkeypatch, tmp_path):
-    monkeypatch.setattr(AtelierTrain, "hidden", HiddenHolder.from_dict({"UNIQUE_ID": NODE_ID}), raising=False)
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    yield
-    comfy.model_management.interrupt_current_processing(False)
+pytestmark = pytest.mark.usefixtures("as_in_a_prompt")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +64,6 @@ def exemplars(count: int = 2) -> tuple[Exemplar, ...]:
 
 
 def train(parts, plan: WeightPlan | None, **changes):
-    """Run the node as the executor does: in inference mode."""
     values = {
         "exemplars": exemplars(),
         "layout": Layout("prompt"),
@@ -79,29 +71,8 @@ def train(parts, plan: WeightPlan | None, **changes):
         "name": "pet",
         "init_word": "man",
         "steps": 2,
-        "learning_rate": 1e-2,
-        "batch_size": 1,
-        "seed": 0,
-        "sample_prompts": "",
-        "sample_every": 0,
-        "weight_decay": 0.0,
-        "timestep_sampling": "uniform",
-        "use_masks": True,
-        "sample_steps": 2,
-        "sample_cfg": 3.0,
-        "sample_eta": 0.0,
-        "start_fresh": False,
     }
-    with torch.inference_mode():
-        return AtelierTrain.execute(*parts, **{**values, **changes})
-
-
-def digest(parts) -> str:
-    hashes = hashlib.sha256()
-    for part in (parts.model.model, parts.clip.cond_stage_model, parts.vae.first_stage_model):
-        for weight in part.state_dict().values():
-            hashes.update(weight.numpy().tobytes())
-    return hashes.hexdigest()
+    return run_train(parts, **values | changes)
 
 
 def prediction(parts, model=None) -> torch.Tensor:
@@ -190,15 +161,8 @@ def test_cancel_leaves_the_model_alone_and_resuming_is_exact(model_of, plan, mon
     before = digest(parts)
     whole = train(parts, plan, steps=3, sample_prompts="a {}").args
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "other"))
-    stock_step = LiveReport.step
-
-    def step_then_cancel(self, done, losses, stats):
-        stock_step(self, done, losses, stats)
-        if done == 1:
-            comfy.model_management.interrupt_current_processing()
-
     with monkeypatch.context() as patch:
-        patch.setattr(LiveReport, "step", step_then_cancel)
+        cancel_at_step(patch, 1)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(parts, plan, steps=3, sample_prompts="a {}")
     assert digest(parts) == before

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import torch
@@ -147,6 +150,16 @@ def build_vae(seed: int = 2) -> comfy.sd.VAE:
     autoencoder = TAESD(latent_channels=4)
     fill(autoencoder, seed)
     return comfy.sd.VAE(sd=autoencoder.state_dict())
+
+
+def build_controlnet(model: comfy.model_patcher.ModelPatcher) -> comfy.controlnet.ControlNet:
+    """A ControlNet for that MODEL."""
+    config = dict(model.model.model_config.unet_config)
+    for key in ("out_channels", "disable_unet_model_creation", "transformer_depth_output"):
+        config.pop(key, None)
+    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu")
+    fill(net, 11)
+    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
 
 
 def build(topology: str, seed: int = 0, embedding_directory: str | None = None) -> TinyModel:

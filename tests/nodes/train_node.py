@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 from concept_atelier.nodes.train import AtelierTrain
-from tiny_models import TinyModel
 
 NODE_ID = "12"
 # The inputs that no test leaves to the node; exemplars, layout, name and init_word are each test's own.
@@ -26,7 +25,7 @@ SETTINGS = {
 }
 
 
-def run_train(parts: TinyModel, **inputs: Any) -> io.NodeOutput:
-    """Run the node as the executor does: in inference mode."""
+def run_train(parts, **inputs: Any) -> io.NodeOutput:
+    """Run the node on (MODEL, CLIP, VAE) as the executor does: in inference mode."""
     with torch.inference_mode():
-        return AtelierTrain.execute(parts.model, parts.clip, parts.vae, **SETTINGS | inputs)
+        return AtelierTrain.execute(*parts, **SETTINGS | inputs)

@@ -135,6 +135,16 @@ class ComfyServer:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return json.load(answer)
 
+    def choices(self, node: str, name: str) -> list[str]:
+        """What the input `name` of a node class offers to choose from."""
+        kind, options = self.get(f"/object_info/{node}")[node]["input"]["required"][name]
+        return kind if isinstance(kind, list) else options["options"]
+
+    def pictures(self, outcome: Outcome, node: str) -> list[Path]:
+        """The files of the pictures that a node of a prompt shows or saved."""
+        images = outcome.outputs[node]["images"]
+        return [self.folder / image["type"] / image["subfolder"] / image["filename"] for image in images]
+
     def forget(self) -> None:
         """Clear the cache of node results and unload all models, as running other workflows would."""
         self.post("/free", {"unload_models": True, "free_memory": True})
@@ -186,6 +196,18 @@ class ComfyServer:
             await asyncio.sleep(0.05)
         outcome.outputs = history[answer["prompt_id"]]["outputs"]
         return outcome
+
+
+def at_step(step: int, action: Callable[[], object]) -> Callable[[dict[str, Any]], None]:
+    """An on_training callback that calls `action` once, at the first event from `step` on."""
+    done = []
+
+    def look(event: dict[str, Any]) -> None:
+        if event["step"] >= step and not done:
+            done.append(event["step"])
+            action()
+
+    return look
 
 
 def rejection(answer: dict[str, Any]) -> str:

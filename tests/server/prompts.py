@@ -10,6 +10,11 @@ from comfy_server import PACK
 
 Prompt = dict[str, dict[str, Any]]
 
+TOY = MODEL, CLIP, VAE = (["toy", 0], ["toy", 1], ["toy", 2])  # links to the outputs of a toy checkpoint, node "toy"
+MANY = 200_000  # steps, more than a test waits for
+# The corrections of a GCFG node, off.
+GCFG_OFF = {"rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0}
+
 # What makes a shipped workflow small enough for a test, by node class; only inputs that are widgets are replaced.
 SMALL = {
     "AtelierExemplars": {"size": 64},
@@ -84,9 +89,9 @@ def training(**changes: Any) -> Prompt:
         "layout": node("AtelierTokenLayout", granularity="one token", tokens=1),
         "train": node(
             "AtelierTrain",
-            model=["toy", 0],
-            clip=["toy", 1],
-            vae=["toy", 2],
+            model=MODEL,
+            clip=CLIP,
+            vae=VAE,
             exemplars=["exemplars", 0],
             layout=["layout", 0],
             **(settings | changes),

@@ -2,9 +2,9 @@
 
 import prompts
 import pytest
+from bad_input import assert_one_sentence, unwritable_runs
 from comfy_server import TINY_CHECKPOINT
-
-TOY = (["toy", 0], ["toy", 1], ["toy", 2])
+from prompts import TOY
 
 
 def masked(prompt):
@@ -109,9 +109,7 @@ CASES = [
 def test_the_sentence_names_input_and_remedy(server, make, words):
     outcome = server.run(make())
     assert outcome.status in ("error", "rejected")
-    for word in words:
-        assert word in outcome.error
-    assert "\n" not in outcome.error
+    assert_one_sentence(outcome.error, words)
     assert "Traceback" not in outcome.error
 
 
@@ -135,15 +133,9 @@ def test_a_damaged_file_is_named(server):
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(server):
-    runs = server.folder / "output" / "concept_atelier" / "runs"
     server.run(prompts.training())  # makes the folder
-    runs.rename(runs.with_name("runs_aside"))
-    runs.write_text("a file where the folder should be: not even root can write into it")
-    try:
+    with unwritable_runs(server) as runs:
         outcome = server.run(prompts.training(name="unwritable"))
-    finally:
-        runs.unlink()
-        runs.with_name("runs_aside").rename(runs)
     assert outcome.status == "error"
     assert str(runs) in outcome.error
     assert outcome.training == []

@@ -4,9 +4,9 @@ import math
 
 import prompts
 import pytest
+from bad_input import assert_one_sentence
 from comfy_server import TINY_CHECKPOINT
-
-OFF = {"rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0}
+from prompts import GCFG_OFF
 
 
 def guided(*branches, model=("toy", 0)):
@@ -16,7 +16,7 @@ def guided(*branches, model=("toy", 0)):
         "tiny": prompts.node("CheckpointLoaderSimple", ckpt_name=TINY_CHECKPOINT),
         "nothing": prompts.node("CLIPTextEncode", clip=["toy", 1], text=""),
         "panda": prompts.node("CLIPTextEncode", clip=["toy", 1], text="a panda sits on grass"),
-        "guider": prompts.node("AtelierGCFGGuider", model=list(model), unconditional=["nothing", 0], **OFF),
+        "guider": prompts.node("AtelierGCFGGuider", model=list(model), unconditional=["nothing", 0], **GCFG_OFF),
         "cost": prompts.node("PreviewAny", source=["guider", 1]),
         "noise": prompts.node("RandomNoise", noise_seed=1),
         "euler": prompts.node("KSamplerSelect", sampler_name="euler"),
@@ -71,5 +71,4 @@ CASES = {
 def test_bad_input_gets_one_sentence(server, branches, words):
     outcome = server.run(guided(*branches))
     assert outcome.status == "error"
-    assert words in outcome.error
-    assert "\n" not in outcome.error
+    assert_one_sentence(outcome.error, [words])

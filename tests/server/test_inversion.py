@@ -3,11 +3,12 @@
 import numpy as np
 import prompts
 import pytest
+from bad_input import assert_one_sentence
 from comfy_server import TINY_CHECKPOINT
 from PIL import Image
+from prompts import CLIP, MODEL, VAE
 
 STEPS, CFG = 5, 3.0
-MODEL, CLIP, VAE = (["toy", output] for output in range(3))
 
 
 def inverting(count=1, **inversion):
@@ -81,8 +82,7 @@ def guiding(**changes):
 
 
 def picture(server, outcome, node):
-    (image,) = outcome.outputs[node]["images"]
-    file = server.folder / image["type"] / image["subfolder"] / image["filename"]
+    (file,) = server.pictures(outcome, node)
     return np.asarray(Image.open(file).convert("RGB"), np.float32) / 255
 
 
@@ -163,6 +163,4 @@ CASES["guidance of two pictures"][0]["blank"] = prompts.node("SolidMask", value=
 def test_bad_input_gets_one_sentence(server, prompt, words):
     outcome = server.run(prompt)
     assert outcome.status == "error"
-    for word in words:
-        assert word in outcome.error
-    assert "\n" not in outcome.error
+    assert_one_sentence(outcome.error, words)

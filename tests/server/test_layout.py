@@ -5,7 +5,9 @@ import math
 import numpy as np
 import prompts
 import pytest
+from bad_input import assert_one_sentence
 from PIL import Image
+from prompts import TOY
 
 LEFT, RIGHT = ({"x": 6, "y": 13, "width": 26, "height": 38}, {"x": 38, "y": 13, "width": 22, "height": 38})
 ANCHORS = {
@@ -55,7 +57,7 @@ def laid_out(text="a cat and a panda stands on grass", boxes=None, **changes):
     """KSampler under Layout Guidance. boxes: drawn in core's editor; None for left and right."""
     prompt = {
         "toy": prompts.node("AtelierToyCheckpoint"),
-        **prompts.painting(["toy", 0], ["toy", 1], ["toy", 2], text, None, apply=False),
+        **prompts.painting(*TOY, text, None, apply=False),
         "guidance": prompts.node(
             "AtelierLayoutGuidance", model=["toy", 0], positive=["positive", 0], **GUIDANCE | changes
         ),
@@ -71,14 +73,11 @@ def laid_out(text="a cat and a panda stands on grass", boxes=None, **changes):
 def pictures(server, outcome, of="picture"):
     """What a preview node shows, as arrays."""
     assert outcome.status == "success", outcome.error
-    folder = server.folder / "temp"
-    return [
-        np.asarray(Image.open(folder / file["subfolder"] / file["filename"])) for file in outcome.outputs[of]["images"]
-    ]
+    return [np.asarray(Image.open(file)) for file in server.pictures(outcome, of)]
 
 
 def test_terms_are_learned_with_and_shown_relative_to_the_denoising_loss(server):
-    prompt = {**composed(), **prompts.painting(["toy", 0], ["toy", 1], ["toy", 2], "a <composed>", ["train", 0])}
+    prompt = {**composed(), **prompts.painting(*TOY, "a <composed>", ["train", 0])}
     outcome = server.run(prompt)
     (picture,) = pictures(server, outcome)
     assert picture.shape == (64, 64, 3)
@@ -156,7 +155,5 @@ CASES = {
 def test_bad_input_gets_one_sentence(server, make, words):
     outcome = server.run(make())
     assert outcome.status == "error"
-    for word in words:
-        assert word in outcome.error
-    assert "\n" not in outcome.error
+    assert_one_sentence(outcome.error, words)
     assert outcome.training == []

@@ -2,10 +2,10 @@
 
 import prompts
 import pytest
+from bad_input import assert_one_sentence, unwritable_runs
+from comfy_server import at_step
 from PIL import Image
-
-MANY = 200_000  # steps, more than a test waits for
-TOY = (["toy", 0], ["toy", 1], ["toy", 2])
+from prompts import CLIP, GCFG_OFF, MANY, MODEL, VAE
 
 
 def training(**changes):
@@ -30,7 +30,6 @@ def training(**changes):
         "start_fresh": False,
         "images": ["pictures", 0],
     }
-    _model, clip, vae = TOY
     kept = {key: value for key, value in (settings | changes).items() if value is not None}
     return {
         "toy": prompts.node("AtelierToyCheckpoint"),
@@ -38,27 +37,14 @@ def training(**changes):
             "AtelierToyPictures", action="sits", count=3, seed=0, other_actions=1, subject="wizard (held out)"
         ),
         "surgery": surgery(),
-        "train": prompts.node("AtelierTrainNullText", model=["surgery", 0], clip=clip, vae=vae, **kept),
-        **prompts.painting(["train", 0], clip, vae, "", None, apply=False),
+        "train": prompts.node("AtelierTrainNullText", model=["surgery", 0], clip=CLIP, vae=VAE, **kept),
+        **prompts.painting(["train", 0], CLIP, VAE, "", None, apply=False),
     }
 
 
 def surgery(**changes):
-    model, clip, vae = TOY
     settings = {"form": "uniform", "timesteps": 1, "seed": 0, "size": 64, "file_name": ""} | changes
-    return prompts.node("AtelierNullTextSurgery", model=model, clip=clip, vae=vae, **settings)
-
-
-def at_step(step, action):
-    """An on_training callback that calls `action` once, at the first event from `step` on."""
-    done = []
-
-    def look(event):
-        if event["step"] >= step and not done:
-            done.append(event["step"])
-            action()
-
-    return look
+    return prompts.node("AtelierNullTextSurgery", model=MODEL, clip=CLIP, vae=VAE, **settings)
 
 
 def test_cancel_keeps_the_work_and_the_same_prompt_goes_on(server):
@@ -103,18 +89,14 @@ def test_the_node_shows_samples_and_keeps_its_curve(server):
 def test_a_saved_model_is_listed_loaded_and_guides(server):
     saved = server.run(training(name="listed"))
     assert saved.status == "success", saved.error
-    info = server.get("/object_info/AtelierLoadConceptModel")["AtelierLoadConceptModel"]
-    files = info["input"]["required"]["file_name"]
-    assert "listed.safetensors" in (files[0] if isinstance(files[0], list) else files[1]["options"])
-    model, clip, vae = TOY
-    off = {"rescale": 0.0, "apg_eta": 1.0, "apg_norm_threshold": 0.0, "apg_momentum": 0.0}
+    assert "listed.safetensors" in server.choices("AtelierLoadConceptModel", "file_name")
     whole = {"weight": 2.0, "start_percent": 0.0, "end_percent": 1.0}
     prompt = {
         "toy": prompts.node("AtelierToyCheckpoint"),
-        "load": prompts.node("AtelierLoadConceptModel", model=model, file_name="listed.safetensors"),
+        "load": prompts.node("AtelierLoadConceptModel", model=MODEL, file_name="listed.safetensors"),
         "branch": prompts.node("AtelierGuidanceBranch", model=["load", 0], conditioning=["negative", 0], **whole),
-        "gcfg": prompts.node("AtelierGCFG", model=model, **{"branches.branch0": ["branch", 0]}, **off),
-        **prompts.painting(["gcfg", 0], clip, vae, "a panda sits", None, apply=False),
+        "gcfg": prompts.node("AtelierGCFG", model=MODEL, **{"branches.branch0": ["branch", 0]}, **GCFG_OFF),
+        **prompts.painting(["gcfg", 0], CLIP, VAE, "a panda sits", None, apply=False),
         "cost": prompts.node("PreviewAny", source=["gcfg", 1]),
     }
     outcome = server.run(prompt)
@@ -125,7 +107,7 @@ def test_a_saved_model_is_listed_loaded_and_guides(server):
 
 def test_what_surgery_saves_is_listed(server):
     prompt = {"toy": prompts.node("AtelierToyCheckpoint"), "surgery": surgery(file_name="untrained")}
-    prompt |= prompts.painting(["surgery", 0], *TOY[1:], "", None, apply=False)
+    prompt |= prompts.painting(["surgery", 0], CLIP, VAE, "", None, apply=False)
     outcome = server.run(prompt)
     assert outcome.status == "success", outcome.error
     assert "untrained.safetensors" in outcome.outputs["surgery"]["text"][0]
@@ -168,7 +150,7 @@ def no_pictures(server):
 
 def no_surgery(server):
     prompt = training()
-    prompt["train"]["inputs"]["model"] = TOY[0]
+    prompt["train"]["inputs"]["model"] = MODEL
     return prompt
 
 
@@ -201,22 +183,14 @@ CASES = [
 def test_bad_input_gets_one_sentence_before_training(server, make, words):
     outcome = server.run(make(server))
     assert outcome.status == "error"
-    for word in words:
-        assert word in outcome.error
-    assert "\n" not in outcome.error
+    assert_one_sentence(outcome.error, words)
     assert outcome.training == []
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(server):
     server.run(training())  # makes the folder
-    runs = server.folder / "output" / "concept_atelier" / "runs"
-    runs.rename(runs.with_name("runs_aside"))
-    runs.write_text("a file where the folder should be: not even root can write into it")
-    try:
+    with unwritable_runs(server) as runs:
         outcome = server.run(training(name="unwritable"))
-    finally:
-        runs.unlink()
-        runs.with_name("runs_aside").rename(runs)
     assert outcome.status == "error"
     assert str(runs) in outcome.error
     assert outcome.training == []

@@ -1,21 +1,8 @@
 """Training through /prompt: cancel, resume, stop and keep, instant return, files that can be loaded."""
 
 import prompts
-from comfy_server import TINY_CHECKPOINT
-
-MANY = 200_000  # steps, more than a test waits for
-
-
-def at_step(step, action):
-    """An on_training callback that calls `action` once, at the first event from `step` on."""
-    done = []
-
-    def look(event):
-        if event["step"] >= step and not done:
-            done.append(event["step"])
-            action()
-
-    return look
+from comfy_server import TINY_CHECKPOINT, at_step
+from prompts import MANY, TOY
 
 
 def test_cancel_keeps_the_work_and_the_same_prompt_goes_on(server):
@@ -79,13 +66,12 @@ def test_the_node_shows_previews_and_keeps_its_curve(server):
 def test_a_saved_concept_is_listed_loaded_and_painted_with(server):
     saved = server.run(prompts.training(name="listed"))
     assert saved.status == "success", saved.error
-    files = server.get("/object_info/AtelierLoadConcept")["AtelierLoadConcept"]["input"]["required"]["file_name"]
-    assert "listed.safetensors" in (files[0] if isinstance(files[0], list) else files[1]["options"])
+    assert "listed.safetensors" in server.choices("AtelierLoadConcept", "file_name")
     assert "listed" in server.get("/embeddings")
     prompt = {
         "toy": prompts.node("AtelierToyCheckpoint"),
         "load": prompts.node("AtelierLoadConcept", file_name="listed.safetensors"),
-        **prompts.painting(["toy", 0], ["toy", 1], ["toy", 2], "a panda <listed>", ["load", 0]),
+        **prompts.painting(*TOY, "a panda <listed>", ["load", 0]),
     }
     outcome = server.run(prompt)
     assert outcome.status == "success", outcome.error

@@ -28,7 +28,7 @@ def test_all_workflows_are_here():
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_it_runs_and_returns_at_once_the_second_time(server, name):
     server.forget()  # another workflow may train the same
-    shutil.rmtree(server.folder / "output" / "concept_atelier" / "runs", ignore_errors=True)
+    shutil.rmtree(server.folder / "output" / "concept_atelier_runs", ignore_errors=True)
     prompt = prompts.small(prompts.shipped(name))
     outcome = server.run(prompt)
     assert outcome.status == "success", outcome.error
@@ -43,8 +43,8 @@ def test_it_runs_and_returns_at_once_the_second_time(server, name):
     for i, entry in prompt.items():
         if entry["class_type"] not in ("SaveImage", "PreviewImage"):
             continue
-        for image in outcome.outputs[i]["images"]:
-            with Image.open(server.folder / image["type"] / image["subfolder"] / image["filename"]) as picture:
+        for file in server.pictures(outcome, i):
+            with Image.open(file) as picture:
                 assert picture.convert("RGB").getcolors(FIGURES) is None, f"{entry} painted nothing"
 
     again = server.run(prompt)
@@ -56,7 +56,7 @@ def test_the_judge_sees_the_learned_action_in_what_adi_toy_paints(server):
     (saved,) = (i for i, entry in prompt.items() if entry["inputs"].get("filename_prefix") == "concept_atelier/adi")
     outcome = server.run(prompt)
     assert outcome.status == "success", outcome.error
-    files = [server.folder / "output" / i["subfolder"] / i["filename"] for i in outcome.outputs[saved]["images"]]
+    files = server.pictures(outcome, saved)
     pictures = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) / 255 for file in files])
     read = load_judge().read(torch.from_numpy(pictures).movedim(-1, 1))
     assert read["subject"].count("panda") >= 6  # of 8; guessing would find one in fourteen
