@@ -61,6 +61,16 @@ def small(prompt: Prompt) -> Prompt:
     return result
 
 
+def leading_to(prompt: Prompt, target: str) -> Prompt:
+    """What node `target` needs, and itself."""
+    needed, waiting = set(), [target]
+    while waiting:
+        needed.add(number := waiting.pop())
+        links = [value[0] for value in prompt[number]["inputs"].values() if isinstance(value, list)]
+        waiting += [source for source in links if source in prompt and source not in needed]
+    return {number: entry for number, entry in prompt.items() if number in needed}
+
+
 def training(**changes: Any) -> Prompt:
     """Toy model, toy pictures, one-token training as node "train", saved by node "save"."""
     settings = {

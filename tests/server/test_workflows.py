@@ -54,7 +54,7 @@ def test_it_runs_and_returns_at_once_the_second_time(server, name):
 def test_the_judge_sees_the_learned_action_in_what_adi_toy_paints(server):
     prompt = prompts.shipped("adi_toy")
     (saved,) = (i for i, entry in prompt.items() if entry["inputs"].get("filename_prefix") == "concept_atelier/adi")
-    outcome = server.run(prompt)
+    outcome = server.run(prompts.leading_to(prompt, saved))  # not the plain word beside it
     assert outcome.status == "success", outcome.error
     files = server.pictures(outcome, saved)
     pictures = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float32) / 255 for file in files])
