@@ -92,9 +92,7 @@ class _BoundAttentionLoss(PictureTerm):
                 for prompt in dict.fromkeys(learning.prompts)
             }
         self.references = {p: TextContext.plain(e.hidden, self.backbone.layers) for p, e in encodings.items()}
-        self.columns = {
-            p: range(e.hidden.shape[1]) if loss.with_padding else range(1, e.length - 1) for p, e in encodings.items()
-        }
+        self.columns = {p: range(e.hidden.shape[1]) if loss.with_padding else e.words for p, e in encodings.items()}
 
     @contextmanager
     def watch(self, anchors: Sequence[int], roles: int) -> Iterator[Callable[[Prediction], Tensor]]:

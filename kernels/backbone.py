@@ -19,6 +19,7 @@ from .schedule import NoiseSchedule
 
 # A context is the channels of tower l (or h), then those of tower g (SDXL).
 TOWER_ORDER = "lhg"
+POOLED_TOWER = "g"  # whose pooled embedding the U-Net reads beside the context (SDXL)
 # Gradients of a mean over a latent's 16384 elements start near 1e-8, below what fp16 can hold.
 HALF_PRECISION_SCALE = 1024.0
 
@@ -67,11 +68,16 @@ class TextContext:
     def cat(contexts: Sequence[TextContext]) -> TextContext:
         """One batch out of several contexts of equal layer tables and token counts.
 
-        Raises ValueError where the tables differ.
+        Raises ValueError where either differs.
         """
         first = contexts[0]
         if any((c.key, c.value) != (first.key, first.value) for c in contexts):
             raise ValueError("Contexts with different layer tables cannot share a batch.")
+        if len({c.rows.shape[2] for c in contexts}) > 1:
+            raise ValueError(
+                "Captions of more than 75 tokens cannot share a batch with shorter ones: shorten them, or set "
+                "batch_size to 1."
+            )
         pooled = None if first.pooled is None else torch.cat([c.pooled for c in contexts])
         return TextContext(torch.cat([c.rows for c in contexts], dim=1), first.key, first.value, pooled)
 
@@ -81,13 +87,19 @@ class TextEncoding:
     """One prompt through the text encoder(s), in N variants that differ in the vectors of its placeholders.
 
     hidden: (N, T, d). pooled: (N, p) or None. positions: for each placeholder the token positions (0..T-1) of its
-    vectors, all occurrences after one another. length: tokens before the padding, start and end of text included.
+    vectors, all occurrences after one another. words: those of the prompt's own tokens, without start, end and padding
+    (of every chunk, where the prompt is longer than the text encoder's context).
     """
 
     hidden: Tensor
     pooled: Tensor | None
     positions: Mapping[str, tuple[int, ...]]
-    length: int
+    words: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens before the padding, start and end of text included."""
+        return self.words[-1] + 2 if self.words else 2
 
 
 @dataclass
@@ -184,5 +196,8 @@ class Backbone(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the weights of U-Net, text encoders and VAE, cheap to compute: what names a training run."""
+        """A hash of the weights of U-Net, text encoders and VAE and of how they are read, cheap to compute.
+
+        It names training runs. How they are read: the schedule, what is predicted, the text encoder's layer.
+        """
         ...

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 END_OF_WORD = "</w>"  # how CLIP's vocabulary marks the last piece of a word
 LETTERS = re.compile("[a-z]+")
+# Its pieces are bytes of UTF-8, each written as one letter (GPT-2): as itself where that is visible, else from 256 on.
+VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTES = {chr(b): b for b in VISIBLE} | {chr(0x100 + i): b for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
 
 
 class Tower(NamedTuple):
@@ -33,6 +36,11 @@ def pieces(tokenizer: CLIPTokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def spell(pieces: str) -> str:
+    """The word that these pieces of a CLIP vocabulary are, after one another."""
+    return bytes(BYTES[letter] for letter in pieces.removesuffix(END_OF_WORD)).decode(errors="replace")
+
+
 def whole_words(vocabulary: Mapping[str, int]) -> dict[str, int]:
     """The pieces of a CLIP vocabulary {piece: id} that are words of letters a to z: {word: id}, by id."""
     words = {p.removesuffix(END_OF_WORD): i for p, i in vocabulary.items() if p.endswith(END_OF_WORD)}
@@ -41,8 +49,8 @@ def whole_words(vocabulary: Mapping[str, int]) -> dict[str, int]:
 
 def tokenise(
     tower: Tower, prompt: Prompt, lengths: Mapping[str, int]
-) -> tuple[list[int], dict[str, tuple[int, ...]], int]:
-    """Padded token ids (T) of a prompt, the positions of each placeholder's vectors, and its length before padding.
+) -> tuple[list[int], dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """Padded token ids (T) of a prompt, the positions of each placeholder's vectors, and those of all its words.
 
     lengths: vectors a placeholder. Raises ValueError when the prompt is longer than the tower's context.
     """
@@ -63,7 +71,7 @@ def tokenise(
         raise ValueError(
             f'The prompt "{prompt.text}" has {len(ids) - 2} tokens, the text encoder reads {room - 2}: shorten it.'
         )
-    return ids + [tokenizer.pad_token_id] * (room - len(ids)), positions, len(ids)
+    return ids + [tokenizer.pad_token_id] * (room - len(ids)), positions, tuple(range(1, len(ids) - 1))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backbone import Layer
 from .files import read_safetensors, write_safetensors
-from .layouts import BoundLayout, Layout
+from .layouts import GRANULARITIES, PLACES, BoundLayout, Layout
 
 FORMAT_VERSION = 1
 # The names under which ComfyUI and A1111 look for the vectors of a stock embedding, one a text tower.
@@ -105,17 +105,50 @@ def load_concept(path: Path) -> Concept:
             f"The file {path} holds no concept of Concept Atelier (it lacks {lacking}): "
             "a stock embedding is used as embedding:name in the prompt instead."
         )
-    if int(header["format_version"]) > FORMAT_VERSION:
-        raise ValueError(f"The file {path} was written by a newer Concept Atelier: update the pack to load it.")
+    layout, layers = _read_layout(path, header)
+    shape = (layout.bind(layers, header.get("init_word", "")).slots, layout.tokens)
+    for tower, v in vectors.items():
+        if v.ndim != 3 or v.shape[:2] != shape:
+            raise ValueError(
+                f"The file {path} is damaged (its layout has {shape[0]} slots of {shape[1]} tokens, its vectors of "
+                f"text encoder {tower} have the shape {tuple(v.shape)}): save it again."
+            )
     return Concept(
         name=header["name"],
         vectors=vectors,
-        layout=Layout(**json.loads(header["layout"])),
+        layout=layout,
         family=header["family"],
-        layers=tuple(Layer(*layer) for layer in json.loads(header["layers"])),
+        layers=layers,
         metadata={key: value for key, value in header.items() if key not in REQUIRED_HEADER},
         weights={key: value for key, value in tensors.items() if key.startswith(WEIGHTS_PREFIX)},
     )
+
+
+def _read_layout(path: Path, header: Mapping[str, str]) -> tuple[Layout, tuple[Layer, ...]]:
+    """The layout in a concept's header, and the layers that it is bound to. Raises ValueError like `load_concept`."""
+    version = header["format_version"]
+    newer = f"The file {path} was written by a newer Concept Atelier: update the pack to load it."
+    if version.isdecimal() and int(version) > FORMAT_VERSION:
+        raise ValueError(newer)
+    try:
+        values = dict(json.loads(header["layout"]))
+        layers = tuple(Layer(*layer) for layer in json.loads(header["layers"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The header of the file {path} is damaged ({error}): save it again.") from error
+    defaults = {entry.name: entry.default for entry in fields(Layout)}
+    full = defaults | values
+    if full.keys() != defaults.keys() or full["granularity"] not in GRANULARITIES or full["place"] not in PLACES:
+        raise ValueError(newer)
+    if (
+        not version.isdecimal()
+        or any(type(full[name]) is not type(default) for name, default in defaults.items())
+        or any([type(part) for part in layer] != [str, int, int] for layer in layers)
+        or not layers
+    ):
+        raise ValueError(
+            f"The header of the file {path} is damaged (impossible version, layout or layers): save it again."
+        )
+    return Layout(**full), layers
 
 
 def new_vectors(words: Mapping[str, Tensor], slots: int, tokens: int) -> dict[str, Tensor]:

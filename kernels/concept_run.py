@@ -19,13 +19,15 @@ from .layouts import BoundLayout, Layout
 from .losses import Learning, LossTerm
 from .objective import Objective
 from .prompts import BLANK, PLACEHOLDER, fill_blank, parse_prompt
-from .run_state import RunState, run_fingerprint
+from .run_state import FORMAT_VERSION, RunState, run_fingerprint
 from .sampling import paint
+from .state_file import StateFile
 from .token_generator import FREE, FreeVectors, TokenGenerator
 from .training import TrainingSettings, train
 from .weight_plan import NO_WEIGHTS, AdaptedWeights, WeightPlan
 
-SAVE_EVERY = 100  # steps
+DESCRIBE_EVERY = 100  # steps
+LONGEST_NAME = 100  # paths have an end
 
 
 class Report(Protocol):
@@ -86,6 +88,11 @@ class ConceptRun:
     def __post_init__(self) -> None:
         if not PLACEHOLDER.fullmatch(f"<{self.name}>"):
             raise ValueError(f'The name "{self.name}" must be of letters, digits, dots, dashes and underscores.')
+        if len(self.name) > LONGEST_NAME:
+            raise ValueError(
+                f"The name has {len(self.name)} letters, too many for the folder named after it: choose one of at "
+                f"most {LONGEST_NAME}."
+            )
         check_exemplars(self.exemplars)
         self.rule.check(self.exemplars)
         if self.weights is not None and isinstance(self.rule, MaskedTriples):
@@ -97,6 +104,11 @@ class ConceptRun:
             raise ValueError(
                 "Generated vectors move together, so none of them can be held still: choose free vectors in Token "
                 "Layout, or set steps_each_stage to 0 and mask the gradient instead of the update."
+            )
+        if self.settings.steps_each_stage and self.layout.stages == 1:
+            raise ValueError(
+                "With steps_each_stage each stage learns at a noise level of its own, and a single stage at the lowest "
+                "alone: set stages in Token Layout to the number of sampling steps, or steps_each_stage to 0."
             )
         for prompt in self.samples.prompts:
             parse_prompt(prompt.replace(BLANK, f"<{self.name}>"), [self.name])
@@ -128,6 +140,7 @@ class ConceptRun:
             "loss_terms": "\n".join(map(str, self.loss_terms)),
             "weights": str(self.weights),
             "model": backbone.fingerprint(),
+            "format_version": FORMAT_VERSION,
         }
         return run_fingerprint(decisions, pictures)
 
@@ -154,20 +167,21 @@ class ConceptRun:
 
         folder: where runs are kept, each in a folder of its own. start_fresh: forget an earlier run.
         Returns the concept, the state with its history, and the last sample pictures (P, H, W, 3) or None.
-        Raises ValueError when the folder cannot be written, before training; whatever interrupts the run later, its
-        last finished step is saved.
+        Raises ValueError, before training, when the folder cannot be written and when the earlier run has more steps
+        than this one is to have; whatever interrupts the run later, its last finished step is saved.
         """
         layout = self.layout.bind(backbone.layers, self.init_word)
         adapted = self.weights.bind(backbone) if self.weights else NO_WEIGHTS
         prompts = tuple(fill_blank(e.caption, self.name) for e in self.exemplars)
         objective = Objective.of(self.loss_terms, Learning(backbone, self.name, layout, self.init_word, prompts))
         here = folder / f"{self.name}_{self.fingerprint(backbone)}"
-        state_file, samples_file = here / "state.safetensors", here / "samples.safetensors"
-        if state_file.exists() and not start_fresh:
-            state = RunState.load(state_file, backbone.device)
-        else:
-            state = self.initial_state(backbone, layout, adapted)
-            state.save(state_file)
+        state_file, samples_file = StateFile(here / "state.safetensors"), here / "samples.safetensors"
+        state = state_file.open(
+            lambda file: RunState.load(file, backbone.device),
+            lambda: self.initial_state(backbone, layout, adapted),
+            self.total_steps,
+            start_fresh,
+        )
 
         report.say(objective.describe(state.vectors, state.memory))
         paint_samples = self._painter(backbone, layout, adapted, state, report, samples_file)
@@ -180,9 +194,9 @@ class ConceptRun:
                 report.step(state.step, state.losses, {key: values[-1] for key, values in state.stats.items()})
                 if self.samples.every and state.step % self.samples.every == 0 and state.step < self.total_steps:
                     paint_samples()
-                if state.step % SAVE_EVERY == 0:
+                if state.step % DESCRIBE_EVERY == 0:
                     report.say(objective.describe(state.vectors, state.memory))
-                    state.save(state_file)
+                state_file.save_when_due(state)
                 return report.stop_requested
 
             try:
@@ -202,7 +216,7 @@ class ConceptRun:
                 )
                 state.stopped_short_of = self.total_steps if state.step < self.total_steps else 0
             finally:
-                state.save(state_file)
+                state_file.save(state)
         report.say(objective.describe(state.vectors, state.memory))
         return self._concept(backbone, state, adapted), state, paint_samples()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backbone import TOWER_ORDER, Layer, TextContext, TextEncoding
+from .backbone import POOLED_TOWER, TOWER_ORDER, Layer, TextContext, TextEncoding
 from .layouts import BoundLayout
 from .prompts import Placeholder, Prompt
 
@@ -49,18 +49,23 @@ def encode_prompt(
     vectors: Mapping[str, Mapping[str, Tensor]],
     layouts: Mapping[str, BoundLayout],
     timesteps: int,
+    read_at: Collection[int] | None = None,
 ) -> StagedContext:
     """Encode `prompt` once for every distinct combination of its words' slots, all in one batch.
 
     encode_text: `Backbone.encode_text`. vectors: {placeholder: {tower: (S, n, width)}}; layouts: of each placeholder.
-    timesteps: T of the schedule. Differentiable in the vectors. With one-token concepts alone this is one encoding
-    that all layers share. Raises ValueError when tail rows would overwrite words of the prompt.
+    timesteps: T of the schedule. read_at: the timesteps that the result will be asked for, None for all; stages
+    without any are then left out, except in SDXL, whose pooled embedding takes part of all stages. Differentiable in
+    the vectors. With one-token concepts alone this is one encoding that all layers share. Raises ValueError when tail
+    rows would overwrite words of the prompt.
     """
     names = prompt.names
     starts = sorted(
         {-(-stage * timesteps // layouts[n].layout.stages) for n in names for stage in range(layouts[n].layout.stages)}
     )
     starts = starts or [0]
+    if read_at is not None and not any(POOLED_TOWER in vectors[n] for n in names):
+        starts = sorted({max(start for start in starts if start <= t) for t in read_at})
 
     combinations: dict[tuple[int, ...], int] = {}
 

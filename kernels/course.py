@@ -72,8 +72,8 @@ class SharedThenStagewise:
     """HiFi Tuner's two parts (arXiv 2312.00079, section 3.2 and Algorithm 1).
 
     For shared_steps all stages learn as one, at drawn timesteps. Then, from the noisiest stage to the cleanest, each
-    starts from what the one before it became and learns for steps_each more at its own timestep, with a fresh
-    optimiser (METHODS 4.7).
+    starts from what the one before it became and learns for steps_each more at its own timestep, with fresh moments
+    (METHODS 4.7). That is one timestep a stage: right where sampling has as many steps as there are stages.
     """
 
     layout: BoundLayout
@@ -100,7 +100,8 @@ class SharedThenStagewise:
         stage = self._stage(step)
         if stage is None or (step - self.shared_steps) % self.steps_each:
             return
-        optimizer.state.clear()
+        for v in vectors.values():
+            optimizer.state.pop(v, None)  # weights that learn along are no stage's own and keep their moments
         if stage + 1 < self.layout.layout.stages:
             now, before = self.layout.slots_of([stage]), self.layout.slots_of([stage + 1])
             with torch.no_grad():

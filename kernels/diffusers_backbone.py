@@ -17,7 +17,7 @@ from .clip_text import Tower, learned_rows, pieces, tokenise, whole_words
 from .diffusers_attention import LayerAttention, ldm_name, transformer_blocks
 from .ldm_names import ldm_modules
 from .prompts import Prompt
-from .run_state import weights_fingerprint
+from .run_state import run_fingerprint, weights_fingerprint
 from .schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -144,7 +144,10 @@ class DiffusersBackbone:
         return self.unet.device
 
     def fingerprint(self) -> str:
-        return weights_fingerprint(self.unet, *(tower.encoder for tower in self.text_towers), self.autoencoder)
+        """See Backbone."""
+        weights = weights_fingerprint(self.unet, *(tower.encoder for tower in self.text_towers), self.autoencoder)
+        decisions = {"weights": weights, "prediction_type": self.prediction_type}
+        return run_fingerprint(decisions, {"alphas_cumprod": self.schedule.alphas_cumprod})
 
     def token_vectors(self, text: str) -> dict[str, Tensor]:
         vectors = {}
@@ -166,11 +169,11 @@ class DiffusersBackbone:
         SD1.x and SD2.x read the last hidden state after its norm, as their pipelines do (SD2.x text encoders are
         published without their last layer); SDXL the last but one of both towers.
         """
-        hidden, pooled, positions, length = [], None, {}, 0
+        hidden, pooled, positions, words = [], None, {}, ()
         names = prompt.names
         for tower in self.text_towers:
             rows = {name: vectors[name][tower.name] for name in names}
-            ids, positions, length = tokenise(tower, prompt, {name: rows[name].shape[1] for name in names})
+            ids, positions, words = tokenise(tower, prompt, {name: rows[name].shape[1] for name in names})
             variants = next(iter(rows.values())).shape[0] if rows else 1
             with learned_rows(tower.encoder.get_input_embeddings(), rows, positions):
                 output = tower.encoder(
@@ -182,7 +185,7 @@ class DiffusersBackbone:
                     pooled = output.text_embeds.float()
             else:
                 hidden.append(output.last_hidden_state.float())
-        return TextEncoding(torch.cat(hidden, dim=-1), pooled, positions, length)
+        return TextEncoding(torch.cat(hidden, dim=-1), pooled, positions, words)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:

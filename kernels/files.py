@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,11 +16,24 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
     Raises ValueError naming the folder when it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial_file(path) as partial:
         save_file(dict(tensors), str(partial), metadata=dict(metadata))
         partial.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the ValueError of `write_safetensors` where it could not write; what `path` holds is left alone."""
+    with _partial_file(path) as partial:
+        partial.write_bytes(b"0")  # not empty: a full disk still takes empty files
+        partial.unlink()
+
+
+@contextmanager
+def _partial_file(path: Path) -> Iterator[Path]:
+    """The temporary file's name, in a folder that is there; what goes wrong is told in a sentence."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path.with_name(path.name + ".partial")
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"Cannot write {path.name} into the folder {path.parent} ({error}): free some space there or make the "

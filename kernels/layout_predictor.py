@@ -151,11 +151,21 @@ def load_predictor(path: Path) -> LayoutPredictor:
     weights = {key.removeprefix("mlp."): v.float() for key, v in tensors.items() if key.startswith("mlp.")}
     if not ({"format_version", "nouns", "towers"} <= header.keys() and "embeddings" in tensors and weights):
         raise ValueError(f"The file {path} holds no layout predictor: choose one that Layout Predictor has saved.")
-    if int(header["format_version"]) > FORMAT_VERSION:
+    version = header["format_version"]
+    if version.isdecimal() and int(version) > FORMAT_VERSION:
         raise ValueError(f"The file {path} was written by a newer Concept Atelier: update the pack to load it.")
+    try:
+        nouns, towers = tuple(json.loads(header["nouns"])), dict(json.loads(header["towers"]))
+        d = sum(towers.values())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The header of the file {path} is damaged ({error}): train the predictor again.") from error
     embeddings = tensors["embeddings"].float()
-    mlp = build_mlp(embeddings.shape[1], weights["1.weight"].shape[0])
+    hidden = weights["1.bias"].numel() if "1.bias" in weights else HIDDEN
+    mlp = build_mlp(embeddings.shape[1], hidden) if embeddings.shape == (len(nouns), d) else nn.Sequential()
+    if {key: v.shape for key, v in mlp.state_dict().items()} != {key: v.shape for key, v in weights.items()}:
+        raise ValueError(
+            f"The file {path} is damaged (some of its tensors are missing or have other shapes): train the predictor "
+            "again."
+        )
     mlp.load_state_dict(weights)
-    return LayoutPredictor(
-        tuple(json.loads(header["nouns"])), embeddings, mlp.requires_grad_(False).eval(), json.loads(header["towers"])
-    )
+    return LayoutPredictor(nouns, embeddings, mlp.requires_grad_(False).eval(), towers)

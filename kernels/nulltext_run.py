@@ -17,11 +17,9 @@ from .files import read_safetensors, write_safetensors
 from .latent_cache import LatentCache
 from .nulltext import ConceptModel, null_context
 from .nulltext_training import ALONE, ModelState, NullTextSettings, PredictNoise, Workers, train_null_text
-from .run_state import run_fingerprint
+from .run_state import FORMAT_VERSION, run_fingerprint
 from .sampling import classifier_free, ddim_sample, noise_source
-
-# A state of SD1.x has 13 GB; some minutes of work are lost at most.
-SAVE_EVERY = 500  # steps
+from .state_file import StateFile
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,8 @@ class NullTextRun:
         settings = {key: value for key, value in asdict(self.settings).items() if key != "steps"}
         pictures = " ".join(f"{file.parent.name}{file.stem}" for file in self.latents.files)
         features = {f"{layer}": feature for layer, feature in self.base.features.items()}
-        return run_fingerprint({**settings, "pictures": pictures, "model": backbone.fingerprint()}, features)
+        decisions = {"pictures": pictures, "model": backbone.fingerprint(), "format_version": FORMAT_VERSION}
+        return run_fingerprint({**settings, **decisions}, features)
 
     def learn(
         self,
@@ -76,19 +75,22 @@ class NullTextRun:
         base, by diffusers' names; they are changed in place. folder: where runs are kept. predict_noise: what to
         train through instead of the backbone, for several workers. start_fresh: forget an earlier run.
         Returns the concept model of the averaged weights, the state with its history, and the last samples
-        (count, H, W, 3) or None. Raises ValueError when the folder cannot be written, before training; whatever
-        interrupts the run later, its last finished step is saved.
+        (count, H, W, 3) or None. Raises ValueError, before training, when the folder cannot be written and when the
+        earlier run has more steps than this one is to have; whatever interrupts the run later, its last finished step
+        is saved.
         """
         self.settings.check(workers.count)
         start = {name: weight.detach().clone().cpu() for name, weight in weights.items()}
         run = self.fingerprint(backbone)
         here = folder / f"{self.name}_{run}"
-        state_file, samples_file = here / "state.safetensors", here / "samples.safetensors"
-        if state_file.exists() and not start_fresh:
-            state = ModelState.load(state_file, weights)
-        else:
-            state = ModelState.start(weights)
-            self._save(state, state_file, workers)
+        samples_file = here / "samples.safetensors"
+        state_file = StateFile(here / "state.safetensors", writes=workers.rank == 0)
+        state = state_file.open(
+            lambda file: ModelState.load(file, weights),
+            lambda: ModelState.start(weights),
+            self.settings.steps,
+            start_fresh,
+        )
         for number in (len(self.latents), state.step):
             if workers.mean(torch.tensor(float(number), device=backbone.device)) != number:
                 raise ValueError(
@@ -106,8 +108,7 @@ class NullTextRun:
                 report.step(state.step, state.losses, {key: values[-1] for key, values in state.stats.items()})
                 if self.samples.every and state.step % self.samples.every == 0 and state.step < self.settings.steps:
                     paint()
-                if state.step % SAVE_EVERY == 0:
-                    self._save(state, state_file, workers)
+                state_file.save_when_due(state)
                 return report.stop_requested
 
             try:
@@ -123,12 +124,8 @@ class NullTextRun:
                 )
                 state.stopped_short_of = self.settings.steps if state.step < self.settings.steps else 0
             finally:
-                self._save(state, state_file, workers)
+                state_file.save(state)
         return self._concept_model(state, start, run), state, paint()
-
-    def _save(self, state: ModelState, file: Path, workers: Workers) -> None:
-        if workers.rank == 0:
-            state.save(file)
 
     def _painter(
         self, backbone: Backbone, state: ModelState, report: Report, file: Path

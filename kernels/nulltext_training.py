@@ -128,7 +128,7 @@ class ModelState(RunState):
         moments: dict[str, dict[str, Tensor]] = {}
         for key, group in groups.items():
             for name, tensor in group.items():
-                moments.setdefault(name, {})[key] = tensor if key == "step" else tensor.to(weights[name].device)
+                moments.setdefault(name, {})[key] = tensor  # the optimiser brings it to the device
         return cls(
             dict(weights),
             int(header["step"]),

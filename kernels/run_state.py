@@ -98,7 +98,7 @@ class RunState:
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in parts.get("moments", {}).items():
             name, moment = key.rsplit(".", 1)
-            moments.setdefault(name, {})[moment] = value if moment == "step" else value.to(device)
+            moments.setdefault(name, {})[moment] = value  # the optimiser brings it to the device
         leaves = [
             {name: v.to(device).requires_grad_() for name, v in parts.get(part, {}).items()}
             for part in ("vectors", "weights", "generator")

@@ -82,22 +82,31 @@ def concept_gradients(
     loss alone. Returns losses, each (R, B), and {tower: (R, B, S, n, width)}. Weights that ask for a gradient get
     gradient_scale times that of the sum of all losses.
 
-    Each prompt is encoded once, however many roles share it (METHODS 1.9): the contexts enter the U-Net as leaf
-    tensors, and each role's context gradient goes back through the text encoder's graph by itself.
+    Each prompt is encoded once, however many roles and anchors share it, and for the stages they are in alone (METHODS
+    1.9, 3.6): the contexts enter the U-Net as leaf tensors, and each picture's context gradient goes back through the
+    text encoder's graph by itself.
     """
     roles, anchors = t.shape
-    leaves = [{tower: v.detach().clone().requires_grad_() for tower, v in vectors.items()} for _ in prompts]
-    staged = [
-        encode_prompt(
-            backbone.encode_text, backbone.layers, prompt, {name: leaf}, {name: layout}, len(backbone.schedule)
-        )
-        for prompt, leaf in zip(prompts, leaves, strict=True)
+    schedule_length, timesteps = len(backbone.schedule), t.T.tolist()  # (B, R)
+    # Anchors of one prompt in the same stages share an encoding, known by the two.
+    keys = [
+        (prompt, frozenset(layout.stage(t_b, schedule_length) for t_b in of_roles))
+        for prompt, of_roles in zip(prompts, timesteps, strict=True)
     ]
-    encoded = [[staged[b].at(int(t[r, b])) for b in range(anchors)] for r in range(roles)]
-    with_graph = TextContext.cat([context for role in encoded for context in role])  # rows (G, R * B, T, d)
-    context_leaf = with_graph.rows.detach().requires_grad_()
-    pooled = None if with_graph.pooled is None else with_graph.pooled.detach()
-    context = TextContext(context_leaf, with_graph.key, with_graph.value, pooled)
+    leaves = {key: {tower: v.detach().clone().requires_grad_() for tower, v in vectors.items()} for key in keys}
+    staged = {
+        key: encode_prompt(
+            backbone.encode_text, backbone.layers, key[0], {name: leaves[key]}, {name: layout}, schedule_length, read_at
+        )
+        for key, read_at in dict(zip(keys, timesteps)).items()
+    }
+    with_graph = [staged[keys[b]].at(timesteps[b][r]) for r in range(roles) for b in range(anchors)]
+    joined = TextContext.cat(with_graph)  # rows (G, R * B, T, d)
+    context_leaf = joined.rows.detach().requires_grad_()
+    # No gradient through the pooled embedding, though it follows the vectors: it is a mean over those of all stages,
+    # which would no longer learn from their own timesteps alone. It has little say beside the context.
+    pooled = None if joined.pooled is None else joined.pooled.detach()
+    context = TextContext(context_leaf, joined.key, joined.value, pooled)
 
     x_0, noise, t_flat = latents.flatten(0, 1), eps.flatten(0, 1), t.flatten().to(latents.device)
     with watch or DENOISING.watch(range(anchors), roles) as losses_of:
@@ -106,17 +115,14 @@ def concept_gradients(
         losses = losses_of(prediction)  # each (R * B,)
     (losses.total.sum() * backbone.gradient_scale).backward()
 
-    towers = list(vectors)
-    inputs = [leaf[tower] for leaf in leaves for tower in towers]
-    gradients: dict[str, list[Tensor]] = {tower: [] for tower in towers}
-    for r in range(roles):
-        columns = slice(r * anchors, (r + 1) * anchors)
-        role_gradients = torch.autograd.grad(
-            with_graph.rows[:, columns], inputs, context_leaf.grad[:, columns], retain_graph=r + 1 < roles
-        )
-        for i, tower in enumerate(towers):
-            gradients[tower].append(torch.stack(role_gradients[i :: len(towers)]) / backbone.gradient_scale)
-    return losses.detached((roles, anchors)), {tower: torch.stack(g) for tower, g in gradients.items()}
+    gradients: dict[str, list[Tensor]] = {tower: [] for tower in vectors}
+    for i, encoded in enumerate(with_graph):
+        leaf, grad = leaves[keys[i % anchors]], context_leaf.grad[:, i : i + 1]
+        pulled_back = torch.autograd.grad(encoded.rows, list(leaf.values()), grad, retain_graph=True)
+        for tower, gradient in zip(leaf, pulled_back, strict=True):
+            gradients[tower].append(gradient / backbone.gradient_scale)
+    by_picture = {tower: torch.stack(g).unflatten(0, (roles, anchors)) for tower, g in gradients.items()}
+    return losses.detached((roles, anchors)), by_picture
 
 
 def train(

@@ -27,7 +27,7 @@ from ...kernels.attention_recording import Recording
 from ...kernels.backbone import HALF_PRECISION_SCALE, AttentionMaps, Layer, TextContext, TextEncoding
 from ...kernels.ldm_names import has_weights
 from ...kernels.prompts import Prompt
-from ...kernels.run_state import weights_fingerprint
+from ...kernels.run_state import run_fingerprint, weights_fingerprint
 from ...kernels.schedule import NoiseSchedule
 from .gradients import attention_with_backward, differentiable, load_for_gradients, saved_for_backward
 from .patches import by_head, check_watched, layer_of_call, watch_cross_attention, with_patch
@@ -239,9 +239,16 @@ class NativeBackbone:
             self._recorders.remove(recorder)
 
     def fingerprint(self) -> str:
-        """See `Backbone.fingerprint`."""
+        """See `Backbone.fingerprint`. What other nodes patched into the MODEL's computation takes no part."""
         text_encoders, autoencoder = self.clip.cond_stage_model, self.vae.first_stage_model
-        return weights_fingerprint(self.model.model.diffusion_model, text_encoders, autoencoder)
+        sampling = self.model.get_model_object("model_sampling")
+        decisions = {
+            "weights": weights_fingerprint(self.model.model.diffusion_model, text_encoders, autoencoder),
+            "text_layer": str(self.clip.layer_idx),
+            # ComfyUI makes the class where it is needed: what it predicts is in the classes it is made of.
+            "sampling": " ".join(kind.__name__ for kind in type(sampling).__mro__),
+        }
+        return run_fingerprint(decisions, {"sigmas": sampling.sigmas})
 
     def linears(self) -> dict[str, nn.Linear]:
         """See `Backbone.linears`. Names are those of the diffusion_model's modules."""

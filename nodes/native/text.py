@@ -19,7 +19,7 @@ from comfy.sdxl_clip import SDXLClipModel
 from torch import Tensor
 
 from ...kernels.backbone import TOWER_ORDER, TextEncoding
-from ...kernels.clip_text import END_OF_WORD, whole_words
+from ...kernels.clip_text import END_OF_WORD, spell, whole_words
 from ...kernels.prompts import Placeholder, Prompt
 
 FAMILIES = {("l",): "sd1", ("h",): "sd2", ("l", "g"): "sdxl"}
@@ -69,7 +69,7 @@ def encode_text(clip: comfy.sd.CLIP, prompt: Prompt, vectors: Mapping[str, Mappi
         encoding = encode_text_loaded(clip, prompt, vectors)
     device = comfy.model_management.intermediate_device()
     pooled = None if encoding.pooled is None else encoding.pooled.to(device)
-    return TextEncoding(encoding.hidden.to(device), pooled, encoding.positions, encoding.length)
+    return TextEncoding(encoding.hidden.to(device), pooled, encoding.positions, encoding.words)
 
 
 def encode_text_loaded(
@@ -97,7 +97,7 @@ def encode_text_loaded(
             hidden.append(h)
     shortest = min(h.shape[1] for h in hidden)
     hidden = torch.cat([h[:, :shortest] for h in hidden], dim=-1)
-    return TextEncoding(hidden, pooled, slots.positions(chunks), _length(chunks, _tokenizer(clip, name)))
+    return TextEncoding(hidden, pooled, slots.positions(chunks), _own_tokens(chunks, _tokenizer(clip, name)))
 
 
 def prompt_words(clip: comfy.sd.CLIP, prompt: Prompt, sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -108,16 +108,16 @@ def prompt_words(clip: comfy.sd.CLIP, prompt: Prompt, sizes: Mapping[str, int]) 
     """
     tower = next(iter(text_towers(clip)))
     tokenizer, slots = _tokenizer(clip, tower), _Slots(prompt, sizes)
-    silent = {tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token}
-    tokens = [token for chunk in slots.tokenize(clip, tower) for token, _ in chunk]
+    chunks = slots.tokenize(clip, tower)
+    tokens = [token for chunk in chunks for token, _ in chunk]
     words, pieces = [""] * len(tokens), {}  # pieces: of the word being read, by position; a chunk may end inside it
-    for at, token in enumerate(tokens):
-        if _is_slot(token):
-            words[at] = f"<{slots.owner[int(token)][0]}>"
-        elif not torch.is_tensor(token) and token not in silent:
-            pieces[at] = tokenizer.inv_vocab[token]
+    for at in _own_tokens(chunks, tokenizer):
+        if _is_slot(tokens[at]):
+            words[at] = f"<{slots.owner[int(tokens[at])][0]}>"
+        elif not torch.is_tensor(tokens[at]):
+            pieces[at] = tokenizer.inv_vocab[tokens[at]]
             if pieces[at].endswith(END_OF_WORD):
-                word = "".join(pieces.values()).removesuffix(END_OF_WORD)
+                word = spell("".join(pieces.values()))
                 words = [word if i in pieces else other for i, other in enumerate(words)]
                 pieces = {}
     return tuple(words)
@@ -225,14 +225,15 @@ class _Slots:
         return {name: tuple(at for at, owner in owners.items() if owner == name) for name in self.prompt.names}
 
 
-def _length(chunks: Tokens, tokenizer: SDTokenizer) -> int:
-    """Tokens before the padding, start and end of each chunk included."""
-    tokens = [token for chunk in chunks for token, _ in chunk]
-    padding = 0
-    while not torch.is_tensor(tokens[-1 - padding]) and tokens[-1 - padding] == tokenizer.pad_token:
-        padding += 1
-    # Where padding is the end token, the first of it is the end.
-    return len(tokens) - padding + (tokenizer.pad_token == tokenizer.end_token)
+def _own_tokens(chunks: Tokens, tokenizer: SDTokenizer) -> tuple[int, ...]:
+    """Where the prompt's own tokens are among all: without start, end and padding of each chunk."""
+    positions, start = [], 0
+    for chunk in chunks:
+        # Padding may be the end token again, so the first of them ends the text.
+        ids = [None if torch.is_tensor(token) else token for token, _ in chunk]
+        positions += range(start + 1, start + ids.index(tokenizer.end_token))
+        start += len(chunk)
+    return tuple(positions)
 
 
 def _is_slot(token: int | Tensor) -> bool:

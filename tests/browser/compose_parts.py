@@ -8,8 +8,8 @@ from workflow_builder import LEARN, LOOK, PAINT, Link, Node, Workflow
 from workflow_parts import concept_prompt, guided_picture
 
 PLAIN, ANCHORS, LAYOUT, SEFI, GCFG = "Textual Inversion", "+ Anchor Loss", "+ Layout Guidance", "SeFi-IDE", "GCFG"
-METHODS = (PLAIN, ANCHORS, LAYOUT, SEFI, GCFG)
-KNOWN_SHARE = 0.4  # of the steps of GCFG, in which two known things take their places; found by a few tries
+WEIGHTS = "GCFG, trained weights"
+METHODS = (PLAIN, ANCHORS, LAYOUT, SEFI, GCFG, WEIGHTS)
 
 
 class Subject(NamedTuple):
@@ -25,7 +25,8 @@ class Studio(NamedTuple):
     """What the workflow on the toy model and the one on Stable Diffusion have, each with values of its own.
 
     subjects: that of the left half first. prompt: of both; known: with the init words in their places. anchors,
-    training, guidance, sampling: settings of the nodes. predicted: whether Layout Predictor says where. batch: seeds.
+    attention, training, weights, guidance, sampling: settings of the nodes. predicted: whether Layout Predictor says
+    where. known_share: of the steps of GCFG, in which two known things take their places. batch: seeds.
     """
 
     loader: Node
@@ -33,12 +34,22 @@ class Studio(NamedTuple):
     prompt: str
     known: str
     anchors: dict[str, Any]
+    attention: dict[str, Any]
     training: dict[str, Any]
+    weights: dict[str, Any]
     guidance: dict[str, Any]
     predicted: bool
+    known_share: float
     sampling: dict[str, Any]
     size: int
     batch: int
+
+
+class Halves(NamedTuple):
+    """What GCFG starts from: the branch of two known things, and the masks of the left and the right half."""
+
+    known: Node
+    masks: tuple[Node, Node]
 
 
 class Canvas(NamedTuple):
@@ -51,9 +62,9 @@ class Canvas(NamedTuple):
 
 
 def compose(w: Workflow, studio: Studio, notes: dict[str, str]) -> None:
-    """The groups after the pictures: learn, paint five ways, compare, look. notes: for the canvas, one a group."""
-    with w.group("2  Learn a word for each, in three ways", LEARN):
-        w.note(notes["learn"], 310)
+    """The groups after the pictures: learn, paint six ways, compare, look. notes: for the canvas, one a group."""
+    with w.group("2  Learn a word for each, in four ways", LEARN):
+        w.note(notes["learn"], 430)
         trained = learn(w, studio)
     with w.group("3  One prompt of both, the same seeds", PAINT):
         w.note(notes["paint"], 210)
@@ -63,20 +74,22 @@ def compose(w: Workflow, studio: Studio, notes: dict[str, str]) -> None:
         latent = w.node("EmptyLatentImage", width=studio.size, height=studio.size, batch_size=studio.batch)
         canvas = Canvas(applied["MODEL"], text["STRING"], nothing, latent)
         prompts, painted = {}, {}
-        for method, concepts in trained.items():
+        for method in (PLAIN, ANCHORS, SEFI):
             w.column()
-            prompts[method] = concept_prompt(w, studio.loader, f"Prompt ({method})", canvas.prompt, *concepts)
+            prompts[method] = concept_prompt(w, studio.loader, f"Prompt ({method})", canvas.prompt, *trained[method])
             painted[method] = paint(w, studio, canvas, method, prompts[method], canvas.model)
     with w.group("4  The words of Textual Inversion, kept to their places", PAINT):
         w.note(notes["layout"], 250)
         guided = lay_out(w, studio, canvas, prompts[PLAIN], trained[PLAIN])
         painted[LAYOUT] = paint(w, studio, canvas, LAYOUT, prompts[PLAIN], guided)
-    with w.group("5  The same words as branches of GCFG", PAINT):
+    with w.group("5  Each word in its half: branches of GCFG", PAINT):
         w.note(notes["branches"], 250)
-        painted[GCFG] = guide_halves(w, studio, canvas, trained[PLAIN])
+        halves = halve(w, studio, canvas)
+        painted[GCFG] = guide_halves(w, studio, canvas, halves, GCFG, trained[PLAIN])
+        painted[WEIGHTS] = guide_halves(w, studio, canvas, halves, WEIGHTS, trained[WEIGHTS])
     with w.group("6  Side by side", LOOK):
-        w.note(notes["compare"], 270)
-        compare(w, "Five ways", {method: painted[method] for method in METHODS}, caption=canvas.prompt)
+        w.note(notes["compare"], 290)
+        compare(w, "Six ways", {method: painted[method] for method in METHODS}, caption=canvas.prompt)
     with w.group("7  Where each word looks", LOOK):
         w.note(notes["look"], 190)
         look(w, studio, canvas, {method: prompts[method] for method in (PLAIN, SEFI)})
@@ -87,9 +100,15 @@ def learn(w: Workflow, studio: Studio) -> dict[str, list[Node]]:
     single = w.node("AtelierTokenLayout", "Token Layout (one word)", granularity="one token")
     anchor = w.node("AtelierAnchorLoss", node_size=(340, 320), **studio.anchors)
     stages = w.node("AtelierTokenLayout", "Token Layout (SeFi-IDE)", granularity="one token", stages=5, split_kv=True)
-    attention = w.node("AtelierSubjectAttentionLoss")
+    attention = w.node("AtelierSubjectAttentionLoss", **studio.attention)
+    weights = w.node("AtelierTrainWeights", **studio.weights)
     trained = {}
-    for method, layout, terms in ((PLAIN, single, ()), (ANCHORS, single, (anchor,)), (SEFI, stages, (attention,))):
+    for method, layout, beside in (
+        (PLAIN, single, {}),
+        (ANCHORS, single, {"loss_terms__loss_term0": anchor["loss_term"]}),
+        (SEFI, stages, {"loss_terms__loss_term0": attention["loss_term"]}),
+        (WEIGHTS, single, {"weights": weights["weights"]}),
+    ):
         w.column()
         trained[method] = [
             w.node(
@@ -104,7 +123,7 @@ def learn(w: Workflow, studio: Studio) -> dict[str, list[Node]]:
                 name=subject.name,
                 init_word=subject.init_word,
                 sample_prompts=subject.alone.replace(f"<{subject.name}>", "{}"),
-                **{f"loss_terms__loss_term{number}": term["loss_term"] for number, term in enumerate(terms)},
+                **beside,
                 **studio.training,
             )
             for subject in studio.subjects
@@ -156,8 +175,8 @@ def lay_out(w: Workflow, studio: Studio, canvas: Canvas, prompt: Node, trained: 
     return guided["MODEL"]
 
 
-def guide_halves(w: Workflow, studio: Studio, canvas: Canvas, trained: list[Node]) -> Link:
-    """GCFG: first two known things, then each subject in its half. Returns the pictures."""
+def halve(w: Workflow, studio: Studio, canvas: Canvas) -> Halves:
+    """The first steps of GCFG, in which two known things take their places, and the halves for those after."""
     half = studio.size // 2
     empty = w.node("SolidMask", "Nothing", value=0.0, width=studio.size, height=studio.size)
     solid = w.node("SolidMask", "Half", value=1.0, width=half, height=studio.size)
@@ -167,35 +186,42 @@ def guide_halves(w: Workflow, studio: Studio, canvas: Canvas, trained: list[Node
     left = w.node("InvertMask", "Left half", mask=right["MASK"])
     w.column()
     both = concept_prompt(w, studio.loader, "Two known things", studio.known)
-    weight = {"weight": studio.sampling["cfg"]}
-    branches = [
-        w.node(
-            "AtelierGuidanceBranch",
-            "First the known ones",
-            model=canvas.model,
-            conditioning=both["CONDITIONING"],
-            end_percent=KNOWN_SHARE,
-            **weight,
-        )
-    ]
-    for subject, concept, mask in zip(studio.subjects, trained, (left, right)):
+    known = w.node(
+        "AtelierGuidanceBranch",
+        "First the known ones",
+        model=canvas.model,
+        conditioning=both["CONDITIONING"],
+        weight=studio.sampling["cfg"],
+        end_percent=studio.known_share,
+    )
+    return Halves(known, (left, right))
+
+
+def guide_halves(w: Workflow, studio: Studio, canvas: Canvas, halves: Halves, method: str, trained: list[Node]) -> Link:
+    """GCFG: first two known things, then each subject in its half, with the weights that it brings along.
+
+    Returns the pictures.
+    """
+    branches = [halves.known]
+    for subject, concept, mask in zip(studio.subjects, trained, halves.masks):
         w.column()
+        applied = w.node("AtelierApplyConcepts", model=studio.loader["MODEL"], concepts__concept0=concept["concept"])
         alone = concept_prompt(w, studio.loader, f"<{subject.name}> alone", subject.alone, concept)
         there = w.node("ConditioningSetMask", conditioning=alone["CONDITIONING"], mask=mask["MASK"])
         branches.append(
             w.node(
                 "AtelierGuidanceBranch",
                 f"Then <{subject.name}>, in its half",
-                model=canvas.model,
+                model=applied["MODEL"],
                 conditioning=there["CONDITIONING"],
-                start_percent=KNOWN_SHARE,
-                **weight,
+                weight=studio.sampling["cfg"],
+                start_percent=studio.known_share,
             )
         )
     w.column()
     return guided_picture(
         w,
-        GCFG,
+        method,
         studio.loader,
         canvas.model,
         canvas.nothing,

@@ -1,9 +1,9 @@
-"""Two learned subjects in one picture, five ways: on the toy model and on Stable Diffusion."""
+"""Two learned subjects in one picture, six ways: on the toy model and on Stable Diffusion."""
 
 from __future__ import annotations
 
 from comfy_server import SD_OTHER_PICTURES, SD_SUBJECT_PICTURES
-from compose_parts import ANCHORS, GCFG, LAYOUT, PLAIN, SEFI, Studio, Subject, compose
+from compose_parts import PLAIN, WEIGHTS, Studio, Subject, compose
 from workflow_builder import PICTURES, Workflow
 from workflow_parts import TOY_SAMPLING, sd_checkpoint
 
@@ -14,21 +14,16 @@ def compose_toy() -> Workflow:
         thumbnail={
             "Two subjects it does not know: a wizard": "The first",
             "and a pig": "The second",
-            "a <wizard> and a <pig>: Textual Inversion": PLAIN,
-            "Textual Inversion + Anchor Loss": ANCHORS,
-            "Textual Inversion + Layout Guidance": LAYOUT,
-            "SeFi-IDE": SEFI,
-            "GCFG: two known ones, then each word in its half": GCFG,
-            "where <wizard> looks (Textual Inversion)": f"<wizard>, {PLAIN}",
-            "where <pig> looks (Textual Inversion)": f"<pig>, {PLAIN}",
+            "both words in one prompt": PLAIN,
+            "each word, with trained weights, in its half (GCFG)": WEIGHTS,
         }
     )
     subjects = []
     with w.group("1  Two subjects the model does not know", PICTURES):
         w.note(
-            "**Press Run** (six words are learned: some minutes). Everything here is bundled. The toy model has never "
-            "seen a wizard or a pig; each is learned from pictures of it *alone*, and then both are asked for in one "
-            "picture.\n\n- *subject*: another one (then the words in the prompts, *init_word* and *name* too).",
+            "**Press Run** (eight words are learned: some minutes). Everything here is bundled. The toy model has "
+            "never seen a wizard or a pig; each is learned from pictures of it *alone*, and then both are asked for in "
+            "one picture.\n\n- *subject*: another one (then the words in the prompts, *init_word* and *name* too).",
             230,
         )
         toy = w.node("AtelierToyCheckpoint")
@@ -46,9 +41,12 @@ def compose_toy() -> Workflow:
         "a <wizard> and a <pig> stands on grass",
         "a man and a bear stands on grass",
         {"weight": 0.25, "anchors": "my words", "words": ", ".join(TOY_WORDS)},
+        {"weight": 0.05},
         TOY_TRAINING,
+        {"learning_rate": 1e-3},
         {"words": "<wizard>", "steps": 5},
         True,
+        0.5,
         TOY_SAMPLING,
         64,
         6,
@@ -71,7 +69,9 @@ TOY_NOTES = {
     "learn": "**Textual Inversion**: one word from everything it sees.\n\n**Anchor Loss**: the same, held near known "
     "words. *weight* is what to play with: the paper's 0.95 learns neither subject here, 0 is plain.\n\n**SeFi-IDE**: "
     "five stages, keys and values apart, and every word has to look where it looks when the class word (*man*, *bear*) "
-    "stands in the place of the learned one.\n\n- *steps*: raise it and press Run again; training goes on.",
+    "stands in the place of the learned one.\n\n**Trained weights**: the plain word, and the model's keys and values "
+    "learn along (Custom Diffusion).\n\n- *steps*: raise it and press Run again; training goes on.\n- To keep a word "
+    "for other workflows: connect *Save Concept*.",
     "paint": "Change **The prompt**: all three methods here read it. Each word alone paints its subject: try `a <pig> "
     "stands on grass` (Layout Guidance and Attention Maps want both words).\n\n- *batch_size*: more seeds.",
     "layout": "In the first five steps the picture is moved until `<wizard>` looks into its box.\n\n**Layout "
@@ -84,7 +84,8 @@ TOY_NOTES = {
     "compare": "Each column has the same seed.\n\n**Be prepared: wherever both words stand in one prompt, the toy "
     "model paints two figures that are a bit of a wizard, and no pig**, whichever way the words were learned and "
     "guided. A single vector, learned from figures that stand alone, says little about one that stands beside "
-    "another. **GCFG** never has both words in one prompt, and paints both.",
+    "another. **GCFG** never has both words in one prompt, and paints something of each: a purple figure and a pink "
+    "one. With **trained weights** the purple one has its white beard, and the pink one its ears.",
     "look": "Yellow: the places that look at the word most. Here **both words look at both figures**: that is why each "
     "figure gets a bit of each.\n\n- *layers*: coarse ones place things, fine ones draw them.",
 }
@@ -97,7 +98,7 @@ def compose_sd() -> Workflow:
     with w.group("1  Your pictures of two subjects", PICTURES):
         w.note(
             f"1. Make the folders `input/{SD_SUBJECT_PICTURES}` and `input/{SD_OTHER_PICTURES}` in ComfyUI and put "
-            "four to ten pictures of *one subject* into each.\n2. Say what they are: *init_word* of the six Train "
+            "four to ten pictures of *one subject* into each.\n2. Say what they are: *init_word* of the eight Train "
             "Concept (a word of one piece) and **Two known things**.\n3. Press R to refresh, choose checkpoint and "
             "folders, press Run.",
             250,
@@ -120,9 +121,12 @@ def compose_sd() -> Workflow:
         "a photo of a <first> and a <second> on a beach",
         "a photo of a dog and a cat on a beach",
         {"weight": 0.95},
+        {},
         SD_TRAINING,
+        {},
         {"words": "<first>, <second>", "steps": 5},
         False,
+        0.4,
         SD_SAMPLING,
         512,
         4,
@@ -135,10 +139,12 @@ def compose_sd() -> Workflow:
 SD_TRAINING = {"steps": 1000, "learning_rate": 5e-3, "batch_size": 1}
 SD_SAMPLING = {"steps": 25, "cfg": 7.5, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0}
 SD_NOTES = {
-    "learn": "A thousand steps each, two words by three methods; disconnect those you do not want. Watch the samples: "
+    "learn": "A thousand steps each, two words by four methods; disconnect those you do not want. Watch the samples: "
     "*Stop and keep*.\n\n**Textual Inversion**: plain.\n\n**Anchor Loss**: held near known words; lower *weight* where "
     "the subject is not learned.\n\n**SeFi-IDE**: five stages, keys and values apart, attention held near that of the "
-    "class word. Keep *attention : denoising* below 1; *weight* 0.003 is the paper's.",
+    "class word. Keep *attention : denoising* below 1; *weight* 0.003 is the paper's.\n\n**Trained weights**: the "
+    "plain word, and the model's keys and values learn along (Custom Diffusion).\n\n- To keep a word for other "
+    "workflows: connect *Save Concept*.",
     "paint": "Change **The prompt**: all three methods here read it.\n\n- *batch_size*: more seeds.\n- Another "
     "sampler: the one of the GCFG group too, so that all paint the same noise in the same way.",
     "layout": "In the first fifth of the steps the picture is moved until `<first>` looks to the left and `<second>` "

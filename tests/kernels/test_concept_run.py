@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from concept_atelier.kernels import concept_run
 from concept_atelier.kernels.anchor_loss import AnchorLoss
 from concept_atelier.kernels.concept import load_concept, save_concept
 from concept_atelier.kernels.concept_run import ConceptRun, SamplePlan
@@ -14,6 +15,7 @@ from concept_atelier.kernels.exemplars import Exemplar
 from concept_atelier.kernels.gradient_mask import GradientMask
 from concept_atelier.kernels.gradient_rules import MaskedTriples, PlainGradient
 from concept_atelier.kernels.layouts import Layout
+from concept_atelier.kernels.schedule import NoiseSchedule
 from concept_atelier.kernels.training import TrainingSettings
 from concept_atelier.kernels.weight_plan import KEY_AND_VALUE, WeightPlan
 from concept_atelier.toyworld.model import load_toy
@@ -128,10 +130,49 @@ def test_whatever_decides_the_result_names_the_run(backbone, change):
     assert a_run(99).fingerprint(backbone) == a_run().fingerprint(backbone)
 
 
-def test_another_model_is_another_run(backbone):
-    toy = load_toy(random_weights=True)
-    toy.unet.conv_in.weight.data += 0.01
-    assert a_run().fingerprint(DiffusersBackbone.from_toy(toy)) != a_run().fingerprint(backbone)
+def change_weights(backbone):
+    backbone.unet.conv_in.weight.data += 0.01
+
+
+def change_prediction(backbone):
+    backbone.prediction_type = "v_prediction"
+
+
+def change_schedule(backbone):
+    backbone.schedule = NoiseSchedule.scaled_linear(beta_end=0.013)
+
+
+@pytest.mark.parametrize("change", [change_weights, change_prediction, change_schedule])
+def test_another_model_is_another_run(backbone, change):
+    other = DiffusersBackbone.from_toy(load_toy(random_weights=True))
+    assert a_run().fingerprint(other) == a_run().fingerprint(backbone)
+    change(other)
+    assert a_run().fingerprint(other) != a_run().fingerprint(backbone)
+
+
+def test_a_state_of_another_format_is_another_run(backbone, monkeypatch):
+    name = a_run().fingerprint(backbone)
+    monkeypatch.setattr(concept_run, "FORMAT_VERSION", concept_run.FORMAT_VERSION + 1)
+    assert a_run().fingerprint(backbone) != name
+
+
+def test_fewer_steps_than_a_run_has_are_refused(backbone, tmp_path):
+    longer, _, _ = a_run().learn(backbone, tmp_path, Recorder())
+    with pytest.raises(ValueError, match="already has 4 steps: raise steps above 3, or turn start_fresh on"):
+        a_run(3).learn(backbone, tmp_path, Recorder())
+    kept, _, _ = a_run().learn(backbone, tmp_path, Recorder())
+    assert torch.equal(vectors(kept), vectors(longer))
+    shorter, state, _ = a_run(3).learn(backbone, tmp_path, Recorder(), start_fresh=True)
+    assert state.step == 3 and shorter.metadata["steps"] == "3"
+
+
+def test_nothing_is_written_of_a_run_that_has_not_begun(backbone, tmp_path, monkeypatch):
+    a_run().learn(backbone, tmp_path, Recorder())
+    [state_file] = tmp_path.rglob("state.safetensors")
+    monkeypatch.setattr(concept_run, "train", lambda *_: pytest.fail("cancelled"))
+    with pytest.raises(pytest.fail.Exception):
+        a_run().learn(backbone, tmp_path, Recorder(), start_fresh=True)
+    assert not state_file.exists()  # forgotten, and no state of step 0 in its place
 
 
 def test_what_cannot_be_learned_is_refused_before_any_work(backbone, tmp_path):
@@ -139,6 +180,10 @@ def test_what_cannot_be_learned_is_refused_before_any_work(backbone, tmp_path):
         a_run(init_word="raises both arms").learn(backbone, tmp_path, Recorder())
     with pytest.raises(ValueError, match='name "my act"'):
         a_run(name="my act")
+    with pytest.raises(ValueError, match=r"name has 101 letters, .* at most 100"):
+        a_run(name="a" * 101)
+    with pytest.raises(ValueError, match="set stages in Token Layout to the number of sampling steps"):
+        a_run(rule=PlainGradient(), settings=TrainingSettings(steps=4, steps_each_stage=2))
     with pytest.raises(ValueError, match="mask of exemplar 2 is empty"):
         first, second, *_ = a_run().exemplars
         a_run(exemplars=(first, replace(second, mask=torch.zeros(64, 64))))

@@ -22,15 +22,16 @@ class CountingEncoder:
         sums = [vectors[name]["l"].sum(dim=(1, 2)) for name in prompt.names]
         hidden = torch.stack(sums, dim=-1)[:, None] if sums else torch.zeros(1, 1, 1)
         self.variants = len(hidden)
-        return TextEncoding(hidden, hidden[:, 0], dict.fromkeys(prompt.names, (1,)), 1)
+        return TextEncoding(hidden, hidden[:, 0], dict.fromkeys(prompt.names, (1,)), (1,))
 
 
-def encode(text: str, **layouts: Layout):
+def encode(text: str, read_at: tuple[int, ...] | None = None, **layouts: Layout):
     bound = {name: layout.bind(LAYERS) for name, layout in layouts.items()}
     # Slot s of every concept holds the number s, so contexts can be read off.
     vectors = {name: {"l": torch.arange(b.slots).float()[:, None, None]} for name, b in bound.items()}
     encoder = CountingEncoder()
-    return encode_prompt(encoder, LAYERS, parse_prompt(text, list(layouts)), vectors, bound, 1000), encoder
+    prompt = parse_prompt(text, list(layouts))
+    return encode_prompt(encoder, LAYERS, prompt, vectors, bound, 1000, read_at), encoder
 
 
 def slots_read(context: TextContext) -> list[tuple[list[float], list[float]]]:
@@ -63,6 +64,23 @@ def test_layouts_with_different_stages_change_where_either_does():
     assert [slots_read(staged.at(t))[0][0] for t in (0, 400, 600, 999)] == [[0, 0], [0, 1], [1, 1], [1, 2]]
 
 
+def test_only_stages_that_are_read_are_encoded():
+    whole, _ = encode("<cat> <hat>", cat=Layout(stages=2), hat=Layout("layer", stages=3))
+    part, encoder = encode("<cat> <hat>", (420, 640, 499), cat=Layout(stages=2), hat=Layout("layer", stages=3))
+    assert part.starts == (334, 500) and encoder.variants == 6
+    for t in (420, 499, 640):
+        assert slots_read(part.at(t)) == slots_read(whole.at(t))
+
+
+def test_a_pooled_embedding_takes_part_of_all_stages():
+    """SDXL's, of tower g."""
+    bound = Layout(stages=4).bind(LAYERS)
+    vectors = {"cat": {tower: torch.arange(4.0)[:, None, None] for tower in ("l", "g")}}
+    prompt = parse_prompt("<cat>", ["cat"])
+    staged = encode_prompt(CountingEncoder(), LAYERS, prompt, vectors, {"cat": bound}, 1000, read_at=[999])
+    assert staged.at(999).pooled.tolist() == [[1.5]]
+
+
 def test_the_pooled_embedding_is_the_mean_over_variants():
     staged, _ = encode("<cat>", cat=Layout("layer"))
     assert staged.at(0).pooled.tolist() == [[1.0]]
@@ -75,6 +93,12 @@ def test_contexts_batch_only_with_equal_tables():
     assert both.rows.shape[1] == 2 and both.repeat(2).rows.shape[1] == 4
     with pytest.raises(ValueError, match="different layer tables"):
         TextContext.cat([per_layer.at(0), plain.at(0)])
+
+
+def test_contexts_batch_only_with_equal_numbers_of_tokens():
+    short, long = (TextContext.plain(torch.zeros(1, length, 2), LAYERS) for length in (77, 154))
+    with pytest.raises(ValueError, match=r"more than 75 tokens cannot share a batch .* set batch_size to 1"):
+        TextContext.cat([short, long])
 
 
 def test_prompts_are_cut_at_placeholders():

@@ -340,6 +340,33 @@ def test_other_files_are_refused(tmp_path):
         train_predictor([], {}, {})
 
 
+@pytest.mark.parametrize(
+    ("tensors", "header", "what"),
+    [
+        ({"mlp.1.weight": None}, {}, "damaged .*missing"),
+        ({"mlp.3.bias": None}, {}, "damaged .*missing"),
+        ({"mlp.1.weight": torch.zeros(64, 15)}, {}, "damaged .*shapes"),
+        ({"mlp.1.bias": torch.tensor(0.0)}, {}, "damaged .*shapes"),
+        ({"mlp.4.weight": torch.zeros(3)}, {}, "damaged .*shapes"),
+        ({"embeddings": torch.zeros(3, 9)}, {}, "damaged .*shapes"),
+        ({"embeddings": torch.zeros(8)}, {}, "damaged .*shapes"),
+        ({}, {"nouns": '["cat"]'}, "damaged .*shapes"),
+        ({}, {"nouns": "[cat"}, "header .*damaged"),
+        ({}, {"towers": "{"}, "header .*damaged"),
+        ({}, {"towers": '{"l": "8"}'}, "header .*damaged"),
+        ({}, {"format_version": "2", "nouns": "{"}, "newer Concept Atelier"),
+    ],
+)
+def test_damaged_predictors_are_named(learned, tmp_path, tensors, header, what):
+    path = tmp_path / "p.safetensors"
+    layout_predictor.save_predictor(path, learned[0][0])
+    good, plain = layout_predictor.read_safetensors(path)
+    save_file({k: v for k, v in (good | tensors).items() if v is not None}, str(path), metadata=plain | header)
+    with pytest.raises(ValueError, match=what) as raised:
+        load_predictor(path)
+    assert str(path) in str(raised.value)
+
+
 def test_the_renderers_boxes_are_around_what_is_drawn():
     rng = random.Random(0)
     scene = draw_pair_scene(rng, ("cat", "panda"), "stands")

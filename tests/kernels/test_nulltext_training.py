@@ -218,6 +218,12 @@ def test_stopped_is_kept_and_start_fresh_forgets_it(latents, tmp_path, monkeypat
     assert learn(latents, tmp_path, start_fresh=True)[1].step == 4
 
 
+def test_fewer_steps_than_a_run_has_are_refused(latents, tmp_path):
+    learn(latents, tmp_path)
+    with pytest.raises(ValueError, match="already has 4 steps: raise steps above 2, or turn start_fresh on"):
+        learn(latents, tmp_path, steps=2)
+
+
 def test_what_decides_the_result_names_the_run(latents, tmp_path):
     learn(latents, tmp_path, steps=1)
     learn(replace(latents, files=latents.files[:4]), tmp_path, steps=1)
@@ -252,17 +258,18 @@ def test_samples_are_of_the_averaged_weights_and_painted_once(latents, tmp_path,
 
 def test_out_of_disk_keeps_the_state(latents, tmp_path, monkeypatch):
     whole = learn(latents, tmp_path / "whole")[1]
-    monkeypatch.setattr("concept_atelier.kernels.nulltext_run.SAVE_EVERY", 1)
+    monkeypatch.setattr("concept_atelier.kernels.state_file.SAVE_EVERY", 1)
+    monkeypatch.setattr("concept_atelier.kernels.state_file.REST", 0)
     stock, writes = files.save_file, []
 
-    def full_after_three(tensors, path, metadata):
+    def full_after_two(tensors, path, metadata):
         writes.append(path)
-        if len(writes) > 3:  # step 0, 1 and 2
+        if len(writes) > 2:
             raise OSError(28, "No space left on device")
         stock(tensors, path, metadata=metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", full_after_three)
+        patch.setattr(files, "save_file", full_after_two)
         with pytest.raises(ValueError, match=r"state\.safetensors.*No space left"):
             learn(latents, tmp_path / "parts")
     report = Quiet()

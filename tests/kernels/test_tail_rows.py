@@ -158,6 +158,20 @@ def test_stages_learn_one_after_the_other_from_the_noisiest_down(backbone, data)
     assert len({v.sum().item() for v in state.vectors["l"]}) == 4
 
 
+def test_a_stage_starts_without_moments_and_weights_keep_theirs(backbone):
+    bound = STAGED.bind(backbone.layers, WORDS)
+    state = RunState.start({"l": zeros(backbone, STAGED)}, {"weight": torch.zeros(3)})
+    optimizer = state.make_optimizer(1e-2, 0.0, 1e-2)
+    for leaf in (state.vectors["l"], state.weights["weight"]):
+        leaf.grad = torch.ones_like(leaf)
+    optimizer.step()
+    course = TrainingSettings(steps=1, steps_each_stage=2).course(bound, 1000)
+    course.begin(2, state.vectors, optimizer)  # in the middle of a stage
+    assert len(optimizer.state) == 2
+    course.begin(3, state.vectors, optimizer)
+    assert list(optimizer.state) == [state.weights["weight"]]
+
+
 def test_stages_learn_at_the_timesteps_of_ddim(backbone):
     bound = Layout(tokens=1, stages=50, place="tail residual").bind(backbone.layers, WORDS)
     course = TrainingSettings(steps=0, steps_each_stage=1).course(bound, 1000)

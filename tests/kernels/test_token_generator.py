@@ -12,7 +12,6 @@ from concept_atelier.kernels.run_state import RunState
 from concept_atelier.kernels.token_generator import TokenGenerator
 from concept_atelier.kernels.training import TrainingSettings
 from concept_atelier.toyworld.model import load_toy
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SLOTS = 10
@@ -88,14 +87,6 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
     assert torch.equal(moved(1).vectors()["l"], moved(1).vectors()["l"])
     assert not torch.equal(moved(1).vectors()["l"], moved(2).vectors()["l"])
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_it_survives_a_file(tmp_path):
-    made = moved()
-    save_file(made.state_dict(), tmp_path / "generator.safetensors")
-    other = TokenGenerator({"l": torch.zeros(2, 24)}, SLOTS, 5)
-    other.load_state_dict(load_file(tmp_path / "generator.safetensors"))
-    assert torch.equal(other.vectors()["l"], made.vectors()["l"])
 
 
 def test_its_size_is_that_of_prospect():

@@ -1,6 +1,7 @@
 """The training loop on a small random model: METHODS.md 1.11, properties 1, 2, 6-9, 11, and section 8."""
 
 import hashlib
+import itertools
 
 import pytest
 import torch
@@ -192,6 +193,37 @@ def test_gradients_equal_a_plain_backward_through_the_text_encoder(backbone, dat
         eps_hat = backbone.predict_noise(x_t, t[0, b : b + 1], staged.at(int(t[0, b])))
         (eps[0, b : b + 1] - eps_hat).square().mean().backward()
         assert torch.allclose(fast["l"][0, b], leaf["l"].grad, atol=1e-5 * leaf["l"].grad.abs().max())
+
+
+def test_gradients_are_those_of_encoding_every_prompt_for_all_stages(backbone, data):
+    layout = Layout(stages=4, split_kv=True).bind(backbone.layers)
+    vectors = start(backbone, layout, spread=0.1).vectors
+    prompts = [PROMPT, PROMPT, fill_blank("a woman {}", NAME), PROMPT]
+    latents = torch.stack([data.latents[[0, 1, 2, 0]], data.latents[[1, 2, 0, 1]]])
+    t, eps = torch.tensor([[100, 900, 600, 240], [130, 400, 600, 20]]), noise(backbone, 2, 4, seed=2)
+    _, fast = concept_gradients(backbone, NAME, prompts, vectors, layout, latents, t, eps)
+    for r, b in itertools.product(range(2), range(4)):
+        leaf = {"l": vectors["l"].detach().clone().requires_grad_()}
+        staged = encode_prompt(backbone.encode_text, backbone.layers, prompts[b], {NAME: leaf}, {NAME: layout}, 1000)
+        x_t = backbone.schedule.add_noise(latents[r, b][None], t[r, b][None], eps[r, b][None])
+        eps_hat = backbone.predict_noise(x_t, t[r, b][None], staged.at(int(t[r, b])))
+        (eps[r, b] - eps_hat).square().mean().backward()
+        assert torch.allclose(fast["l"][r, b], leaf["l"].grad, atol=1e-5 * leaf["l"].grad.abs().max())
+
+
+def test_equal_prompts_in_equal_stages_are_encoded_once(backbone, data, monkeypatch):
+    layout = Layout(stages=4).bind(backbone.layers)
+    stock, encoded = backbone.encode_text, []
+    monkeypatch.setattr(
+        backbone,
+        "encode_text",
+        lambda prompt, vectors: encoded.append((prompt, len(vectors[NAME]["l"]))) or stock(prompt, vectors),
+    )
+    prompts = [PROMPT, PROMPT, PROMPT, fill_blank("a woman {}", NAME)]
+    t, eps = torch.tensor([[100, 200, 900, 100]]), noise(backbone, 1, 4)
+    latents = data.latents[[0, 1, 2, 0]][None]
+    concept_gradients(backbone, NAME, prompts, start(backbone, layout).vectors, layout, latents, t, eps)
+    assert encoded == [(PROMPT, 1), (PROMPT, 1), (prompts[3], 1)]
 
 
 def test_masks_from_half_precision_gradients_agree_with_single_precision(data):

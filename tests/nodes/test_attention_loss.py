@@ -70,6 +70,11 @@ def test_the_node_gives_the_loss_of_its_inputs():
     assert len(names) == 6 and str(SubjectAttentionLoss()) not in names  # str() takes part in a run's name
 
 
+def test_published_lambdas_can_be_typed():
+    """ComfyUI's page rounds to the decimals of the step."""
+    assert 1e-4 % AtelierSubjectAttentionLoss.GET_SCHEMA().inputs[0].step == 0
+
+
 def test_the_loss_teaches_the_keys_of_the_stage_alone(any_tiny):
     with native_session(*any_tiny) as backbone:
         vectors = learned(backbone)
@@ -82,6 +87,23 @@ def test_the_loss_teaches_the_keys_of_the_stage_alone(any_tiny):
             assert v.grad.abs().sum() == key.abs().sum()
         person = {tower: v.detach() for tower, v in new_vectors(backbone.token_vectors("person"), 10, 1).items()}
         assert loss_of(backbone, SubjectAttentionLoss(0.05), person).item() < 1e-9
+
+
+@pytest.mark.parametrize("topology", ["sd1", "sd2"])  # padded with the end token, and with another
+def test_captions_of_several_chunks_are_compared_by_their_words(tiny, topology, monkeypatch):
+    prompt = fill_blank("red " * 80 + "{}", NAME)
+    with native_session(*tiny(topology)) as backbone:
+        layout = PAIRS.bind(backbone.layers)
+        bound = SubjectAttentionLoss().bind(Learning(backbone, NAME, layout, "person", (prompt,)))
+        attention, seen = backbone.attention, []
+
+        def spy(layers, tokens, *more):
+            seen.extend(tokens)
+            return attention(layers, tokens, *more)
+
+        monkeypatch.setattr(backbone, "attention", spy)
+        with bound.watch([0], 1):
+            assert seen == [*range(1, 76), *range(78, 84)]  # 76 ends the first chunk, 77 starts the second
 
 
 def test_keys_of_the_reference_are_those_of_the_patched_model():

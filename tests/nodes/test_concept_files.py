@@ -1,6 +1,7 @@
 """Concepts as files: what was saved comes back, stock prompt nodes find one-token concepts, errors name the file."""
 
 import json
+from dataclasses import replace
 
 import folder_paths
 import prompting
@@ -13,6 +14,7 @@ from concept_atelier.kernels.layouts import Layout
 from concept_atelier.nodes.apply import AtelierTextEncode
 from concept_atelier.nodes.files import FOLDER, AtelierLoadConcept, AtelierSaveConcept, register_folders
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import nodes as comfy_nodes
 
@@ -78,6 +80,16 @@ def test_one_token_is_a_stock_embedding(output, topology):
     assert not torch.equal(plain[0][0], stock[0][0])
 
 
+def test_learned_weights_are_in_the_concept_file_alone(tiny, output):
+    weights = {"diffusion_model.some.diff": torch.ones(2, 3)}
+    text = save(replace(make_concept(tiny("sd1"), Layout()), weights=weights))
+    assert "without the weights" in text
+    ours, stock = (load_file(output / folder / "salute.safetensors") for folder in (FOLDER, "embeddings"))
+    assert torch.equal(ours.pop("diffusion_model.some.diff"), torch.ones(2, 3))
+    assert ours.keys() == stock.keys()
+    assert "without the weights" not in save(make_concept(tiny("sd1"), Layout()))
+
+
 def test_layered_concepts_are_no_stock_embeddings(tiny, output):
     assert "embedding:" not in save(make_concept(tiny("sd1"), Layout("layer")))
     assert not (output / "embeddings").exists()
@@ -132,6 +144,43 @@ def test_damaged_files_say_so(tiny, output):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"salute.safetensors is damaged"):
         load("salute.safetensors")
+
+
+LAYERS_OF_NONE = json.dumps([["input", "1", 0]])
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"format_version": "two"}, "header of the file .*salute.safetensors is damaged .*version"),
+        ({"layout": "{granularity"}, "header of the file .*salute.safetensors is damaged .*Expecting"),
+        ({"layout": "3"}, "header of the file .*salute.safetensors is damaged"),
+        ({"layout": json.dumps({"tokens": "1"})}, "header of the file .*salute.safetensors is damaged"),
+        ({"layers": json.dumps([["input", 1]])}, "header of the file .*salute.safetensors is damaged"),
+        ({"layers": LAYERS_OF_NONE}, "header of the file .*salute.safetensors is damaged"),
+        ({"layers": "[]"}, "header of the file .*salute.safetensors is damaged"),
+        ({"layout": json.dumps({"tokens": 2})}, r"salute.safetensors is damaged .*1 slots of 2 tokens.*\(1, 1, 64\)"),
+        ({"layout": json.dumps({"stages": 4})}, r"salute.safetensors is damaged .*4 slots of 1 tokens.*\(1, 1, 64\)"),
+        ({"format_version": "2", "layers": "{}"}, "salute.safetensors was written by a newer Concept Atelier: update"),
+        ({"layout": json.dumps({"colours": 3})}, "salute.safetensors was written by a newer Concept Atelier"),
+        ({"layout": json.dumps({"granularity": "head"})}, "salute.safetensors was written by a newer Concept Atelier"),
+        ({"layout": json.dumps({"place": "picture"})}, "salute.safetensors was written by a newer Concept Atelier"),
+    ],
+)
+def test_headers_that_cannot_be_read_name_the_file(tiny, output, changed, what):
+    save(make_concept(tiny("sd1"), Layout()))
+    path = output / FOLDER / "salute.safetensors"
+    save_file(load_file(path), path, metadata=header(path) | changed)
+    with pytest.raises(ValueError, match=what):
+        load("salute.safetensors")
+
+
+def test_layouts_written_before_a_field_was_added_are_read(tiny, output):
+    concept = make_concept(tiny("sd1"), Layout("layer"))
+    save(concept)
+    path = output / FOLDER / "salute.safetensors"
+    save_file(load_file(path), path, metadata=header(path) | {"layout": json.dumps({"granularity": "layer"})})
+    assert load("salute.safetensors").layout == concept.layout
 
 
 def test_a_folder_that_cannot_be_written_says_so(tiny, output):

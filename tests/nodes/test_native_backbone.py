@@ -445,6 +445,43 @@ def test_parts_of_different_checkpoints_are_refused(tiny):
         pass
 
 
+def another_prediction(model, clip):
+    class Velocity(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+        pass
+
+    changed = model.clone()
+    changed.add_object_patch("model_sampling", Velocity(model.model.model_config))
+    return changed, clip
+
+
+def another_schedule(model, clip):
+    sampling = type(model.get_model_object("model_sampling"))(model.model.model_config)
+    sampling.set_sigmas(sampling.sigmas * 1.1)
+    changed = model.clone()
+    changed.add_object_patch("model_sampling", sampling)
+    return changed, clip
+
+
+def clip_skip(model, clip):
+    skipping = clip.clone()
+    skipping.clip_layer(-2)
+    return model, skipping
+
+
+def fingerprint(model, clip, vae):
+    with native_session(model, clip, vae) as backbone:
+        return backbone.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model, clip: (with_lora(model), clip), another_prediction, another_schedule, clip_skip]
+)
+def test_weights_and_how_they_are_read_make_the_fingerprint(tiny, change):
+    model, clip, vae = tiny("sd1")
+    assert fingerprint(*change(model, clip), vae) != fingerprint(model, clip, vae)
+    assert fingerprint(with_attn2_patch(model), clip.clone(), vae) == fingerprint(model, clip, vae)
+
+
 def test_model_family(tiny):
     assert [model_family(tiny(t).model) for t in tiny_models.TOPOLOGIES] == ["sd1", "sd2", "sd2", "sdxl"]
     named = tiny_models.build_unet("sd1")

@@ -4,7 +4,10 @@ import pytest
 import tiny_models
 import torch
 from concept_atelier.kernels.prompts import parse_prompt
-from concept_atelier.nodes.native.text import describe_clip, encode_text, token_vectors
+from concept_atelier.nodes.apply import AtelierTextEncode
+from concept_atelier.nodes.layout_guidance import AtelierLayoutGuidance
+from concept_atelier.nodes.native.attention_maps import find_words
+from concept_atelier.nodes.native.text import describe_clip, encode_text, prompt_words, token_vectors
 from safetensors.torch import save_file
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -116,6 +119,40 @@ def test_positions_are_where_the_vectors_act(clip):
     assert cat[1] < dog[0] < cat[2]
     differs = (encoding.hidden != changed.hidden).any(-1)[0]
     assert not differs[: cat[0]].any() and differs[cat[0] : 154].all() and not differs[154:].any()
+
+
+@pytest.mark.parametrize("text", ["", "a cat", LONG, "red " * 75, "red " * 74 + "xylophonist"])
+def test_words_are_what_is_neither_start_nor_end_nor_padding(clip, text):
+    chunks = next(iter(clip.tokenize(text).values()))
+    tokens = [token for chunk in chunks for token, _ in chunk]
+    encoding = encode_text(clip, parse_prompt(text, []), {})
+    assert encoding.words == tuple(at for at, token in enumerate(tokens) if token not in (0, 49406, 49407))
+    assert encoding.length == (encoding.words[-1] + 2 if text else 2)
+
+
+def test_vectors_of_placeholders_and_files_are_words(tmp_path):
+    clip = tiny_models.build_clip("sd1", embedding_directory=str(tmp_path))
+    save_file({"clip_l": torch.ones(3, 64)}, tmp_path / "file.safetensors")
+    prompt = parse_prompt("embedding:file and <cat>!", ["cat"])
+    assert encode_text(clip, prompt, {"cat": {"l": torch.ones(1, 2, 64)}}).words == tuple(range(1, 8))
+
+
+def test_words_of_any_script_are_read_as_they_are_written(tiny):
+    model, clip, _ = tiny("sd1")
+    prompt = "A Caf\u00c9 with a \u732b, \u043a\u043e\u0442 and cr\u00e8me-br\u00fbl\u00e9e \U0001f431"
+    words = prompt_words(clip, parse_prompt(prompt, []), {})
+    assert [word for at, word in enumerate(words) if word and word != words[at - 1]] == [
+        "a", "caf\u00e9", "with", "a", "\u732b", ",", "\u043a\u043e\u0442", "and", "cr\u00e8me", "-",
+        "br\u00fbl\u00e9e", "\U0001f431",
+    ]  # fmt: skip
+    positive = AtelierTextEncode.execute(clip, prompt, {})[0]
+    assert find_words(positive, "CAF\u00c9 \u732b") == {"caf\u00e9", "\u732b"}  # Attention Maps
+    settings = {"strength": 30.0, "steps": 2, "iterations": 2, "threshold": 0.0, "power": "1 (paper)"}
+    AtelierLayoutGuidance.execute(
+        model, positive, "\u732b, cr\u00e8me-br\u00fbl\u00e9e", 512, 512, largest_move=0.0, **settings
+    )
+    with pytest.raises(ValueError, match="does not have th\u00e9: choose among its words"):
+        AtelierLayoutGuidance.execute(model, positive, "a, th\u00e9", 512, 512, largest_move=0.0, **settings)
 
 
 def test_two_adjacent_placeholders(clip):
