@@ -52,8 +52,8 @@ class AtelierTextEncode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         concept = ConceptSocket.Input(
             "concept",
-            tooltip="A concept from Train or Load Concept; one that was trained with Train Weights goes to Apply "
-            "Concepts as well.",
+            tooltip="A concept from Train Concept or Load Concept; one that was trained with Train Weights goes to "
+            "Apply Concepts as well.",
         )
         return io.Schema(
             node_id="AtelierTextEncode",

@@ -25,7 +25,7 @@ class AtelierSubjectAttentionLoss(io.ComfyNode):
                     default=0.003,
                     min=0.0,
                     max=1.0,
-                    step=0.001,
+                    step=0.0001,
                     round=False,
                     tooltip="Lambda. SeFi-IDE's project page tries 0.0001 to 0.05 and takes 0.003: less overfits the "
                     "pictures, more loses the subject. Train Concept shows lambda L_attn / L_diff as 'attention : "

@@ -115,7 +115,9 @@ class AtelierExemplars(io.ComfyNode):
                     "model was made for (512 for SD1, 1024 for SDXL). 0: the size of the first picture.",
                 ),
             ],
-            outputs=[Exemplars.Output(display_name="exemplars", tooltip="For Train, or for Triples before it.")],
+            outputs=[
+                Exemplars.Output(display_name="exemplars", tooltip="For Train Concept, or for Triples before it.")
+            ],
         )
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -36,7 +37,7 @@ class AtelierSaveConcept(io.ComfyNode):
             "of one token is also saved as a stock embedding, for embedding:name in any prompt node.",
             search_aliases=["save embedding", "save token", "export concept"],
             inputs=[
-                Concept.Input("concept", tooltip="The concept to save, from Train or Load Concept."),
+                Concept.Input("concept", tooltip="The concept to save, from Train Concept or Load Concept."),
                 io.String.Input(
                     "file_name",
                     default="",
@@ -58,11 +59,13 @@ class AtelierSaveConcept(io.ComfyNode):
         keys = [FOLDER, "embeddings"] if concept.is_stock_embedding else [FOLDER]
         name = name if overwrite else free_name(name, keys)
         paths = [Path(folder_paths.get_output_directory(), key, name + SUFFIX) for key in keys]
-        for path in paths:
-            save_concept(path, concept, cls.workflow_metadata())
+        # A stock embedding changes no weights: they would only be there twice.
+        for path, saved in zip(paths, (concept, replace(concept, weights={}))):
+            save_concept(path, saved, cls.workflow_metadata())
         lines = [f"Saved to {paths[0]}", f"Write <{concept.name}> in 'Text Encode with Concepts'."]
         if concept.is_stock_embedding:
-            lines.append(f"Or write embedding:{name} in any prompt node: it is also in {paths[1]}")
+            without = ", without the weights that were learned with it" if concept.weights else ""
+            lines.append(f"Or write embedding:{name} in any prompt node: it is also in {paths[1]}{without}")
         return io.NodeOutput(ui=ui.PreviewText("\n".join(lines)))
 
     @classmethod
@@ -91,7 +94,10 @@ class AtelierLoadConcept(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Concept.Output(display_name="concept", tooltip="The concept, for Text Encode with Concepts or Train."),
+                Concept.Output(
+                    display_name="concept",
+                    tooltip="For Text Encode with Concepts, Apply Concepts or Save Concept.",
+                ),
             ],
         )
 

@@ -68,7 +68,7 @@ class AtelierGradientMask(io.ComfyNode):
                     "mostly by the amount of noise. The paper does not say.",
                 ),
             ],
-            outputs=[GradientRule.Output(display_name="gradient_rule", tooltip="For Train.")],
+            outputs=[GradientRule.Output(display_name="gradient_rule", tooltip="For Train Concept.")],
         )
 
     @classmethod

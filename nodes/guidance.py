@@ -101,7 +101,7 @@ class AtelierGuidanceBranch(io.ComfyNode):
                     default=2.5,
                     min=-100.0,
                     max=100.0,
-                    step=0.25,
+                    step=0.05,
                     tooltip="What CFG calls cfg: the only branch at 7.5 is CFG at 7.5. Below 0 it guides away. 0 "
                     "costs nothing. The paper's code takes 2.5 for each of two branches.",
                 ),

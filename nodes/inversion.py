@@ -140,7 +140,7 @@ class AtelierNullTextOptimize(io.ComfyNode):
                     default=default.learning_rate,
                     min=1e-6,
                     max=1.0,
-                    step=1e-3,
+                    step=1e-6,
                     round=False,
                     tooltip="Of Adam at the first sampling step; it falls to half by the last (reference code: 0.01).",
                 ),

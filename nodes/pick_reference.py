@@ -67,8 +67,8 @@ class AtelierPickReference(io.ComfyNode):
                 io.Int.Output(display_name="index", tooltip="Its number, counted from 0."),
                 io.String.Output(
                     display_name="caption",
-                    tooltip="What it shows, in one line, for Text Encode and DDIM Inversion. Empty without a "
-                    "caption_model.",
+                    tooltip="What it shows, in one line: for Text Encode with Concepts, whose conditioning goes to "
+                    "DDIM Inversion. Empty without a caption_model.",
                 ),
             ],
         )

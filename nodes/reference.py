@@ -148,7 +148,7 @@ class AtelierReferenceGuidance(io.ComfyNode):
                     default=default.learning_rate,
                     min=1e-6,
                     max=1.0,
-                    step=1e-3,
+                    step=1e-6,
                     round=False,
                     tooltip="Of Adam (paper: 0.01).",
                 ),

@@ -85,7 +85,7 @@ class AtelierTokenLayout(io.ComfyNode):
                     "0.005. On SD1 with ten vectors a saved run has 380 MB; the concept itself stays small.",
                 ),
             ],
-            outputs=[LayoutType.Output(display_name="layout", tooltip="For Train.")],
+            outputs=[LayoutType.Output(display_name="layout", tooltip="For Train Concept.")],
         )
 
     @classmethod

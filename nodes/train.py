@@ -60,7 +60,7 @@ class AtelierTrain(io.ComfyNode):
                     default=2e-4,
                     min=0.0,
                     max=1.0,
-                    step=1e-5,
+                    step=1e-6,
                     round=False,
                     tooltip="Of AdamW. ADI section 5.1: 0.0002; plain Textual Inversion is used with up to 0.005.",
                 ),
@@ -167,7 +167,8 @@ class AtelierTrain(io.ComfyNode):
                     optional=True,
                     tooltip="0: the stages of the layout learn side by side. Above 0, HiFi Tuner's Algorithm 1: all "
                     "stages learn as one for `steps`, then each by itself for so many more, from the noisiest to the "
-                    "cleanest. The paper: 1000 steps, 50 stages, 10 each.",
+                    "cleanest, at one noise level: set `stages` to the sampling steps. The paper: 1000 steps, 50 "
+                    "stages, 10 each.",
                 ),
             ],
             outputs=[

@@ -109,7 +109,7 @@ class AtelierTriples(io.ComfyNode):
                     default=1e-4,
                     min=0.0,
                     max=1.0,
-                    step=1e-5,
+                    step=1e-6,
                     round=False,
                     advanced=True,
                     tooltip="Of AdamW for the small model, with the usual value for LoRA. ADI: 1e-6 for the whole.",

@@ -15,9 +15,9 @@ class AtelierTrainWeights(io.ComfyNode):
             node_id="AtelierTrainWeights",
             display_name="Train Weights (Custom Diffusion, DreamBooth)",
             category="Concept Atelier/Train",
-            description="Lets weights of the model learn along with the word, for a closer likeness. For Train, with "
-            "any layout, masks and loss terms. What is learned is kept with the concept as a change of the weights; "
-            "the checkpoint stays as it is.",
+            description="Lets weights of the model learn along with the word, for a closer likeness. For Train "
+            "Concept, with any layout, masks and loss terms. What is learned is kept with the concept as a change of "
+            "the weights; the checkpoint stays as it is.",
             search_aliases=["custom diffusion", "dreambooth", "lora training", "fine-tune", "cross attention"],
             inputs=[
                 io.Combo.Input(
@@ -40,14 +40,14 @@ class AtelierTrainWeights(io.ComfyNode):
                     default=1e-5,
                     min=0.0,
                     max=1.0,
-                    step=1e-6,
+                    step=1e-7,
                     round=False,
-                    tooltip="Of these weights, beside that of the word on Train (Compositional Inversion, appendix: "
-                    "0.00001 for Custom Diffusion with 500 steps and for DreamBooth with 800). With a rank, "
+                    tooltip="Of these weights, beside that of the word on Train Concept (Compositional Inversion, "
+                    "appendix: 0.00001 for Custom Diffusion with 500 steps and for DreamBooth with 800). With a rank, "
                     "0.0001 is usual.",
                 ),
             ],
-            outputs=[Weights.Output(display_name="weights", tooltip="For Train.")],
+            outputs=[Weights.Output(display_name="weights", tooltip="For Train Concept.")],
         )
 
     @classmethod

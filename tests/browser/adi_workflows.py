@@ -21,10 +21,10 @@ def adi_toy() -> Workflow:
     )
     with w.group("1  Ten pictures of an action the model does not know", PICTURES):
         w.note(
-            "**Press Run.** Everything here is bundled: a toy model that paints little figures, and pictures of an "
-            "action it has never seen.\n\n- *action*: another held-out action.\n- *count*: fewer pictures.\n\nThe "
-            "blank `{}` in each caption is where the learned word goes.",
-            230,
+            "**Press Run** (it trains twice: a minute or two on a CPU). Everything here is bundled: a toy model that "
+            "paints little figures, and pictures of an action it has never seen.\n\n- *action*: another held-out "
+            "action.\n- *count*: fewer pictures.\n\nThe blank `{}` in each caption is where the learned word goes.",
+            250,
         )
         toy = w.node("AtelierToyCheckpoint")
         pictures = w.node("AtelierToyPictures", count=10, other_actions=4)
@@ -170,7 +170,7 @@ def adi_sd() -> Workflow:
     with w.group("2  The same people doing other things", PICTURES):
         w.note(
             "ADI compares each picture with *the same person doing something else*. A small model of each picture "
-            "(minutes a picture on a GPU) paints them; the contact sheet shows whether it kept the person.\n\n- "
+            "(300 steps each, the slow part) paints them; the contact sheet shows whether it kept the person.\n\n- "
             "*other_actions*: what people in your pictures could do instead.\n- Better: connect your own photos to "
             "*other_action_pictures*.",
             270,

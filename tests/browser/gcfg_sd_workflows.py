@@ -66,8 +66,8 @@ def gcfg_control_sd() -> Workflow:
         latent = w.node("EmptyLatentImage", width=512, height=512, batch_size=4)
     with w.group("4  Paint with both", PAINT):
         w.note(
-            "- *weight* of the concept: up for more of the pictures, down for more of the prompt (paper: 1.5 to 2.5 "
-            "each).\n- Only the branch with the prompt sees the ControlNet.",
+            "- *weight* of the concept: up for more of the pictures, down for more of the prompt (released code: 2.5 "
+            "each; 1.5 to 2.5 tried).\n- Only the branch with the prompt sees the ControlNet.",
             150,
         )
         concept = w.node(

@@ -129,9 +129,9 @@ def gcfg_subjects_toy() -> Workflow:
             "**Press Run** (it learns two words, about a minute in all). One subject shall hold its arms out, the "
             "other its hands on the hips: in one prompt the words get into each other's way.\n\nEach **branch** holds "
             "both subjects and *one* of the words, and its mask lets it speak in one half only.\n\n- *action* of the "
-            "pictures.\n- The two subjects and the place: the same in both prompts.\n- Instead of training: *Load "
-            "Concept*.",
-            310,
+            "pictures.\n- The two subjects and the place: the same in both prompts.\n- To keep a word for other "
+            "workflows: connect *Save Concept*.\n- Instead of training: *Load Concept*, with what was saved before.",
+            370,
         )
         toy = w.node("AtelierToyCheckpoint")
     trained, branches = [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_server import SD_PICTURE
 from workflow_builder import LOOK, PICTURES, Workflow
-from workflow_parts import load_segmenters, mask_by_text
+from workflow_parts import files_to_get, load_segmenters, mask_by_text
 
 
 def mask_subject_sd() -> Workflow:
@@ -12,11 +12,10 @@ def mask_subject_sd() -> Workflow:
     w = Workflow()
     with w.group("1  A picture, and what to mask in it", PICTURES):
         w.note(
-            "1. Get the files that the loaders name; each says where it is published and into which folder it goes. "
-            "GroundingDINO also needs the small `vocab.txt` of BERT in `models/bert-base-uncased`.\n2. Choose a "
-            "picture.\n3. Say in *Detect by Text* what to mask: `a dog`.\n4. Press Run.\n\n- *threshold*: lower when "
-            "nothing is found.\n- *max_detections*: more than 1 masks several things at once.",
-            270,
+            files_to_get("*Load GroundingDINO* and *Load SAM*")
+            + "2. Choose a picture.\n3. Say in *Detect by Text* what to mask: `a dog`.\n4. Press Run.\n\n- "
+            "*threshold*: lower when nothing is found.\n- *max_detections*: more than 1 masks several things at once.",
+            290,
         )
         picture = w.node("LoadImage", "Your picture", room=240, image=SD_PICTURE)
         w.column()

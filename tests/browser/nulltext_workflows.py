@@ -16,7 +16,7 @@ def nulltext_toy() -> Workflow:
             f"the base model, told '{CONTROL}'": "Base model",
             "surgery only, no prompt: anybody": "Without text",
             "the trained concept model, no prompt": "Concept model alone",
-            f"concept + '{CONTROL}'": "Concept and control",
+            f"concept + '{CONTROL}'": "Concept and prompt",
         }
     )
     with w.group("1  Pictures of one subject, without captions", PICTURES):
@@ -90,7 +90,7 @@ def nulltext_toy() -> Workflow:
             conditioning=control["CONDITIONING"],
             weight=2.0,
         )
-        guided_picture(w, "Concept and control", toy, toy["MODEL"], nothing, [concept, told], latent)
+        guided_picture(w, "Concept and prompt", toy, toy["MODEL"], nothing, [concept, told], latent)
     return w
 
 

@@ -181,7 +181,11 @@ def replace_toy() -> Workflow:
         toy = w.node("AtelierToyCheckpoint")
         pictures = toy_photo(w)
     with w.group("2  A new subject to learn", LEARN):
-        w.note("Five rows for the wizard, as in *subject_toy*, but the same at all stages.", 90)
+        w.note(
+            "Five rows for the wizard, as in *subject_toy*, but the same at all stages.\n\nTo keep the word for other "
+            "workflows: connect *Save Concept*.",
+            140,
+        )
         wizards = w.node("AtelierToyPictures", "The new subject", subject="wizard (held out)", other_actions=1)
         exemplars = w.node(
             "AtelierExemplars",

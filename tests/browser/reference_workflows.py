@@ -36,8 +36,9 @@ def reference_toy() -> Workflow:
         w.note(
             "**Press Run** (a minute or two). Everything here is bundled. A learned word alone seldom gets all of a "
             "subject: *the reference* is a real picture of it that a second pass follows.\n\nThe word is learned with "
-            "plain Textual Inversion and the pictures' exact masks, which stand in for SAM's.",
-            210,
+            "plain Textual Inversion and the pictures' exact masks, which stand in for SAM's.\n\nTo keep the word for "
+            "other workflows: connect *Save Concept*.",
+            270,
         )
         toy = w.node("AtelierToyCheckpoint")
         pictures = w.node("AtelierToyPictures", subject="wizard (held out)", count=10, other_actions=1)
@@ -58,7 +59,7 @@ def reference_toy() -> Workflow:
         w.note(
             "The first picture says where the subject goes. *Attention Maps* samples like KSampler and sees where the "
             "word looks; its map, cut off by *Threshold Mask*, stands in for SAM here.\n\n- *text*, *seed*: another "
-            "picture (the seed of the second pass is the same).\n- *value*: lower for a larger mask.",
+            "picture. Set the same seed in *The noise of the first pass*.\n- *value*: lower for a larger mask.",
             230,
         )
         applied = w.node("AtelierApplyConcepts", model=toy["MODEL"])
@@ -92,9 +93,9 @@ def reference_toy() -> Workflow:
     with w.group("3  A real picture, laid over it", LEARN):
         w.note(
             "The picture that does nearly the same as the prompt says is the best guide.\n\n- *index*: another "
-            "picture, counted from 0. (On photos DINO chooses.)\n- *max_rotation* above 0 for things that lie in any "
-            "direction.",
-            170,
+            "picture, counted from 0. Then say in *What it shows* what is on it. (On photos DINO chooses.)\n- "
+            "*max_rotation* above 0 for things that lie in any direction.",
+            200,
         )
         chosen = w.node(
             "AtelierPickReference",
@@ -184,7 +185,7 @@ def second_pass(
 def reference_sd() -> Workflow:
     """The artist's own subject, drawn along the picture of it that fits best, with the paper's settings."""
     w = Workflow()
-    subject = learned_subject_sd(w)
+    subject = learned_subject_sd(w, "*Load GroundingDINO*, *Load SAM* and *Pick Reference*")
     loader = subject.loader
     with w.group("3  First pass, and where the subject is in it", PICTURES):
         w.note(

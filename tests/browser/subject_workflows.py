@@ -10,6 +10,7 @@ from workflow_parts import (
     TOY_SAMPLING,
     Segmenters,
     concept_prompt,
+    files_to_get,
     load_segmenters,
     mask_by_text,
     sd_checkpoint,
@@ -150,7 +151,7 @@ def toy_training(w: Workflow, title: str, toy: Node, exemplars: Node, layout: No
 def subject_sd() -> Workflow:
     """The artist's own subject on a Stable Diffusion checkpoint, with HiFi Tuner as in the paper."""
     w = Workflow()
-    subject = learned_subject_sd(w)
+    subject = learned_subject_sd(w, "*Load GroundingDINO* and *Load SAM*")
     loader, trained = subject.loader, subject.trained
     with w.group("3  Paint it elsewhere", PAINT):
         w.note("`<subject>` is the word you taught. Any sampler, LoRA or ControlNet works as always.", 110)
@@ -173,16 +174,17 @@ class LearnedSubject(NamedTuple):
     trained: Node
 
 
-def learned_subject_sd(w: Workflow) -> LearnedSubject:
-    """Two groups: pictures of a subject with their masks, and a word for it."""
+def learned_subject_sd(w: Workflow, loaders: str) -> LearnedSubject:
+    """Two groups: pictures of a subject with their masks, and a word for it. loaders: as `files_to_get` takes them."""
     with w.group("1  Your pictures of one subject, and its masks", PICTURES):
         w.note(
-            f"1. Make the folder `input/{SD_SUBJECT_PICTURES}` in ComfyUI and put four to ten pictures of *one "
-            "subject* into it, the subject near the middle.\n2. Say in *Detect by Text* what kind of thing it is: `a "
-            "dog`. The surest box of each picture becomes its mask.\n3. Press R to refresh, choose checkpoint and "
+            files_to_get(loaders)
+            + f"2. Make the folder `input/{SD_SUBJECT_PICTURES}` in ComfyUI and put four to ten pictures of *one "
+            "subject* into it, the subject near the middle.\n3. Say in *Detect by Text* what kind of thing it is: `a "
+            "dog`. The surest box of each picture becomes its mask.\n4. Press R to refresh, choose checkpoint and "
             "folder, press Run.\n\nLook at the **masks** before you trust the training: where nothing was found, lower "
             "*threshold*; where one is wrong, leave that picture out.",
-            310,
+            430,
         )
         loader = sd_checkpoint(w)
         folder = w.node("LoadImageDataSetFromFolder", "Your pictures", folder=SD_SUBJECT_PICTURES)

@@ -184,6 +184,15 @@ class Segmenters(NamedTuple):
     sam: Node
 
 
+def files_to_get(loaders: str) -> str:
+    """The first step of a note on a workflow that finds and masks by text. loaders: the nodes that name a file."""
+    return (
+        f"1. Get the files that {loaders} name; each says where it is published and into which folder it goes. "
+        "GroundingDINO also needs the small `vocab.txt` of "
+        "[BERT](https://huggingface.co/google-bert/bert-base-uncased) in `models/bert-base-uncased`.\n"
+    )
+
+
 def load_segmenters(w: Workflow) -> Segmenters:
     """Load GroundingDINO and Load SAM, one under the other."""
     detector = w.node(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -88,6 +89,19 @@ def test_schemas_validate(nodes):
     for node in nodes:
         node.GET_SCHEMA().validate()
         assert node.GET_SCHEMA().category.startswith("Concept Atelier")
+
+
+def test_every_number_can_be_typed(nodes):
+    """ComfyUI's page rounds a Float to the decimals of its step (0.5 where there is none), `round` or not."""
+    from comfy_api.latest import io
+
+    for node in nodes:
+        for entry in node.GET_SCHEMA().inputs:
+            if isinstance(entry, io.Float.Input):
+                step = entry.step or 0.5
+                decimals = max(0, -math.floor(math.log10(step)))
+                for number in (entry.default, entry.min, entry.max, step):
+                    assert round(number, decimals) == number, f"{node.GET_SCHEMA().node_id}: {entry.id} = {number}"
 
 
 def test_every_text_is_there_and_tooltips_are_sentences(english):
