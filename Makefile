@@ -1,6 +1,6 @@
 # make demo    learns a held-out action on the bundled toy model and paints it: output/demo.png and its scores
-# make test    all tests, two files at a time (those that need ComfyUI or chromium are skipped, with the reason, where
-#              it is missing)
+# make test    all tests, two files at a time, the browser's first because they take longest (those that need ComfyUI or
+#              chromium are skipped, with the reason, where it is missing)
 # Both set up everything in .venv first; that takes minutes once and nothing afterwards.
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ test: $(READY)
 	@[ -n "$(COMFYUI)" ] || echo "ComfyUI was not found (COMFYUI_PATH, around this folder, ~/comfy/ComfyUI):" \
 		"the tests of nodes, server and browser are skipped."
 	@[ -n "$(CHROMIUM)" ] || echo "No chromium was found: the browser tests are skipped."
-	$(PY) -m pytest tests -n 2 --dist loadfile
+	$(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test-kernels: $(READY)
 	$(PY) -m pytest tests/kernels

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from workflow_builder import LEARN, LOOK, PAINT, Link, Node, Workflow
-from workflow_parts import concept_prompt, guided_picture
+from workflow_parts import Sampling, concept_prompt, guided_picture, guided_sampling
 
 PLAIN, ANCHORS, LAYOUT, SEFI, GCFG = "Textual Inversion", "+ Anchor Loss", "+ Layout Guidance", "SeFi-IDE", "GCFG"
 WEIGHTS = "GCFG, trained weights"
@@ -46,10 +46,11 @@ class Studio(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """What GCFG starts from: the branch of two known things, and the masks of the left and the right half."""
+    """What GCFG starts from: the branch of two known things, the masks of left and right half, noise and sampler."""
 
     known: Node
     masks: tuple[Node, Node]
+    sampling: Sampling
 
 
 class Canvas(NamedTuple):
@@ -194,7 +195,7 @@ def halve(w: Workflow, studio: Studio, canvas: Canvas) -> Halves:
         weight=studio.sampling["cfg"],
         end_percent=studio.known_share,
     )
-    return Halves(known, (left, right))
+    return Halves(known, (left, right), guided_sampling(w, canvas.model, studio.sampling["sampler_name"]))
 
 
 def guide_halves(w: Workflow, studio: Studio, canvas: Canvas, halves: Halves, method: str, trained: list[Node]) -> Link:
@@ -227,7 +228,7 @@ def guide_halves(w: Workflow, studio: Studio, canvas: Canvas, halves: Halves, me
         canvas.nothing,
         branches,
         canvas.latent,
-        sampler=studio.sampling["sampler_name"],
+        halves.sampling,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_server import SD_CHECKPOINT, SD_CONTROLNET, SD_DOMAIN_PICTURES, SD_PICTURE
 from workflow_builder import LEARN, LOOK, PAINT, PICTURES, Workflow
-from workflow_parts import SD_CHECKPOINT_SOURCE, SD_CONTROLNET_SOURCE, guided_picture
+from workflow_parts import SD_CHECKPOINT_SOURCE, SD_CONTROLNET_SOURCE, guided_picture, guided_sampling
 
 
 def gcfg_control_sd() -> Workflow:
@@ -90,6 +90,6 @@ def gcfg_control_sd() -> Workflow:
             nothing,
             [concept, controlled],
             latent,
-            sampler="dpmpp_2m",  # with 25 steps, as in the released code
+            guided_sampling(w, loader["MODEL"], "dpmpp_2m"),  # with 25 steps, as in the released code
         )
     return w

@@ -161,7 +161,7 @@ def replace_toy() -> Workflow:
     """Another subject in a drawn picture: one that the model knows, and one that it learns first."""
     w = Workflow(
         thumbnail={
-            "the picture; held fast; penguin: prompt alone, attention fixed; <wizard>: the same": (
+            "the picture; held fast; a penguin by prompt alone, and replaced; a <wizard> likewise": (
                 "Your picture",
                 "The picture, held fast",
                 "Prompt alone",

@@ -60,6 +60,21 @@ def plain_picture(
     w.column()
 
 
+class Sampling(NamedTuple):
+    """What SamplerCustomAdvanced needs beside a guider; pictures of the same noise share it."""
+
+    noise: Node
+    sampler: Node
+    sigmas: Node
+
+
+def guided_sampling(w: Workflow, model: Link, sampler: str = TOY_SAMPLING["sampler_name"]) -> Sampling:
+    """25 steps of a sampler from the noise of seed 1."""
+    noise = w.node("RandomNoise", noise_seed=1)
+    chosen = w.node("KSamplerSelect", sampler_name=sampler)
+    return Sampling(noise, chosen, w.node("BasicScheduler", model=model, scheduler="normal", steps=25))
+
+
 def guided_picture(
     w: Workflow,
     title: str,
@@ -68,9 +83,12 @@ def guided_picture(
     nothing: Node,
     branches: list[Node],
     latent: Node,
-    sampler: str = TOY_SAMPLING["sampler_name"],
+    sampling: Sampling | None = None,
 ) -> Link:
-    """GCFG Guider over the branches, what it costs, SamplerCustomAdvanced and its pictures, which it returns."""
+    """GCFG Guider over the branches, what it costs, SamplerCustomAdvanced and its pictures, which it returns.
+
+    sampling: None for the toy's.
+    """
     guider = w.node(
         "AtelierGCFGGuider",
         model=model,
@@ -79,15 +97,13 @@ def guided_picture(
     )
     w.node("PreviewAny", "Cost", room=COST_ROOM, source=guider["cost"])
     w.column()
-    noise = w.node("RandomNoise", noise_seed=1)
-    chosen = w.node("KSamplerSelect", sampler_name=sampler)
-    sigmas = w.node("BasicScheduler", model=model, scheduler="normal", steps=25)
+    sampling = sampling or guided_sampling(w, model)
     sampled = w.node(
         "SamplerCustomAdvanced",
-        noise=noise["NOISE"],
+        noise=sampling.noise["NOISE"],
         guider=guider["GUIDER"],
-        sampler=chosen["SAMPLER"],
-        sigmas=sigmas["SIGMAS"],
+        sampler=sampling.sampler["SAMPLER"],
+        sigmas=sampling.sigmas["SIGMAS"],
         latent_image=latent["LATENT"],
     )
     w.column()
