@@ -21,6 +21,7 @@ from torch.nn import functional as F
 CELLS = 96  # of a region's longer side: a tenth of a percent of the subject is far below one latent
 MARGIN = 24  # cells around a region, in which distances are exact
 POINTS = 500  # of each mask in Algorithm 4, spread evenly
+LONGEST = 256  # pixels of a mask in Eq. 9: edges that are averaged tell a place to a fraction of a pixel
 STEPS, STEP = 120, 0.03  # of Adam, in radians, logarithms of the scale and radii of the subject
 
 Cost = Callable[["Similarity"], Tensor]
@@ -155,9 +156,21 @@ def _points(mask: Tensor) -> Tensor:
 
 
 def mask_l1(reference: Tensor, target: Tensor) -> Cost:
-    """Eq. 9: ||T(M_r) - M_g||_1."""
-    target = target.double()
-    return lambda transform: (warp_mask(reference.double(), transform, target.shape) - target).abs().sum()
+    """Eq. 9: ||T(M_r) - M_g||_1, in pixels of the target; masks are compared at `LONGEST` pixels a side at most."""
+    (own, k), (goal, n) = (_averaged(mask.double()) for mask in (reference, target))
+
+    def cost(transform: Similarity) -> Tensor:
+        small = Similarity(transform.scale * k / n, transform.angle, transform.shift / k)
+        return (warp_mask(own, small, goal.shape) - goal).abs().sum() * n**2
+
+    return cost
+
+
+def _averaged(mask: Tensor) -> tuple[Tensor, int]:
+    """The mask averaged over k x k pixels, from its upper left corner on so that points only scale by 1 / k; and k."""
+    height, width = mask.shape
+    k = math.ceil(max(height, width) / LONGEST)
+    return F.avg_pool2d(F.pad(mask, (0, -width % k, 0, -height % k))[None], k)[0], k
 
 
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Cost]] = {
@@ -196,7 +209,7 @@ def fit_masks(
             if best is None or value.item() < best[0]:
                 found = Similarity(transform.scale.detach(), transform.angle.detach(), transform.shift.detach())
                 best = (value.item(), found)
-            if step < STEPS and value.requires_grad:
+            if step < STEPS:
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()

@@ -21,6 +21,8 @@ STOCK_KEYS = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}
 WEIGHTS_PREFIX = "diffusion_model."
 
 REQUIRED_HEADER = {"format_version", "name", "layout", "family", "layers"}
+# What ComfyUI writes about the run that saved a file: not about the concept, and perhaps not to be saved again.
+WORKFLOW_HEADER = {"prompt", "workflow"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def load_concept(path: Path) -> Concept:
         layout=layout,
         family=header["family"],
         layers=layers,
-        metadata={key: value for key, value in header.items() if key not in REQUIRED_HEADER},
+        metadata={key: value for key, value in header.items() if key not in REQUIRED_HEADER | WORKFLOW_HEADER},
         weights={key: value for key, value in tensors.items() if key.startswith(WEIGHTS_PREFIX)},
     )
 

@@ -19,7 +19,7 @@ from .layouts import BoundLayout, Layout
 from .losses import Learning, LossTerm
 from .objective import Objective
 from .prompts import BLANK, PLACEHOLDER, fill_blank, parse_prompt
-from .run_state import FORMAT_VERSION, RunState, run_fingerprint
+from .run_state import DAMAGED_RUN, FORMAT_VERSION, RunState, run_fingerprint
 from .sampling import paint
 from .state_file import StateFile
 from .token_generator import FREE, FreeVectors, TokenGenerator
@@ -182,10 +182,12 @@ class ConceptRun:
             self.total_steps,
             start_fresh,
         )
+        if start_fresh:
+            samples_file.unlink(missing_ok=True)
 
         report.say(objective.describe(state.vectors, state.memory))
         paint_samples = self._painter(backbone, layout, adapted, state, report, samples_file)
-        if state.step < self.total_steps and state.stopped_short_of < self.total_steps:
+        if state.step < self.total_steps and state.stopped_short_of != self.total_steps:
             state.stopped_short_of = 0
             if state.step == 0:
                 paint_samples()
@@ -244,7 +246,7 @@ class ConceptRun:
             if not prompts:
                 return None
             header = {"plan": str(plan), "step": str(state.step)}
-            if not file.exists() or read_safetensors(file)[1] != header:
+            if not file.exists() or read_safetensors(file, DAMAGED_RUN)[1] != header:
                 vectors, layouts = {self.name: state.vectors}, {self.name: layout}
                 with adapted.applied(state.weights):
                     painted = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,14 @@ from torch import Tensor
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write through a temporary file, so that a full disk never leaves half a file under the real name.
+    """Write through a temporary file: neither a full disk nor a power cut leaves half a file under the real name.
 
     Raises ValueError naming the folder when it cannot be written.
     """
     with _partial_file(path) as partial:
         save_file(dict(tensors), str(partial), metadata=dict(metadata))
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
         partial.replace(path)
 
 
@@ -41,12 +44,15 @@ def _partial_file(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises ValueError naming the file when it is damaged or missing."""
+def read_safetensors(path: Path, advice: str = "save it again") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises ValueError naming the file when it is damaged or missing.
+
+    advice: what to do about a damaged one.
+    """
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"The file {path} is damaged or no safetensors file ({error}): save it again.") from error
+        raise ValueError(f"The file {path} is damaged or no safetensors file ({error}): {advice}.") from error

@@ -121,19 +121,21 @@ class MaskedTriples:
         latents = torch.stack([data.latents[anchor], data.latents[other], alternatives[action]])
         if data.masks is None:
             return RolePictures(latents, None)
-        # The made pictures have no mask of their own: the whole picture counts.
-        masks = torch.stack([data.masks[anchor], data.masks[other], torch.ones_like(data.masks[anchor])])
-        return RolePictures(latents, masks)
+        # A made picture has the anchor's context and its mask: averaged over more, its loss would differ by that, too.
+        return RolePictures(latents, data.masks[[anchor, other, anchor]])
 
     def combine(self, gradients: Tensor, generator: torch.Generator) -> Update:
         """The anchor's gradient, masked triple by triple (Eq. 14), averaged over anchors."""
         g_anchor, g_context, g_action = gradients
         m = self.mask.mask(g_anchor, g_context, g_action, generator)
         beta = self.mask.beta
+        # Slots that the step does not read have gradients of zero: their masks are ties and tell nothing.
+        read = g_anchor.any(dim=-1)
+        anchor, context, action = gradients[:, read]
         stats = {
-            "overlap": overlap(context_mask(g_anchor, g_context, beta), action_mask(g_anchor, g_action, beta), beta),
-            "overlap_if_independent": independent_overlap(g_anchor, g_context, g_action, beta, generator),
-            "kept": m.double().mean().item(),
+            "overlap": overlap(context_mask(anchor, context, beta), action_mask(anchor, action, beta), beta),
+            "overlap_if_independent": independent_overlap(anchor, context, action, beta, generator),
+            "kept": m[read].double().mean().item(),
         }
         movable = m.any(dim=0) if self.mask.target == "update" else None
         return Update((m * g_anchor).mean(dim=0), movable, stats)

@@ -92,15 +92,6 @@ def combine(eps: Sequence[Tensor], w: Sequence[float], eps_0: Tensor | None) -> 
     return combined
 
 
-def mean_condition(combined: Tensor, eps_0: Tensor | None, w: Sequence[float]) -> Tensor:
-    """The one condition with which plain CFG, at the scale W = sum w_i, gives `combined`: sum_i w_i eps_i / W.
-
-    Where W is 0 no condition does; `combined` is returned as it is.
-    """
-    total = math.fsum(w)
-    return combined if eps_0 is None or total == 0 else eps_0 + (combined - eps_0) / total
-
-
 def rescale(
     combined: Tensor, x_0: Sequence[Tensor], w: Sequence[float], x: Tensor, sigma: Tensor, phi: float
 ) -> Tensor:
@@ -143,16 +134,16 @@ class AdaptiveProjection:
         """Whether it changes nothing."""
         return self.eta == 1 and self.norm_threshold == 0 and self.momentum == 0
 
-    def guide(self, combined: Tensor, D_0: Tensor, w: Sequence[float]) -> Tensor:
+    def guide(self, combined: Tensor, D_0: Tensor | None, w: Sequence[float]) -> Tensor:
         """D + (W - 1) APG(D - D_0), in place of combined = D + (W - 1) (D - D_0); all (B, C, h, w).
 
-        A W of 1 or less guides no further than the conditions themselves: then `combined` stays.
+        A W of 1 or less guides no further than the conditions themselves: then `combined` stays, and D_0 may be None.
         """
-        total = math.fsum(w)
-        if self.off or total <= 1:
+        excess = -unconditional_coefficient(w)  # W - 1
+        if self.off or excess <= 0:
             return combined
-        D = mean_condition(combined, D_0.float(), w)
-        delta = D - D_0.float()
+        delta = (combined - D_0.float()) / (1 + excess)
+        D = D_0.float() + delta
         if self.momentum:
             delta = delta if self.running is None else delta + self.momentum * self.running
             self.running = delta
@@ -161,4 +152,4 @@ class AdaptiveProjection:
             delta = delta * (self.norm_threshold / norm).clamp(max=1)
         along = torch.nn.functional.normalize(D.flatten(1), dim=1).view_as(D)
         parallel = (delta * along).sum(dim=PIXELS, keepdim=True) * along
-        return D + (total - 1) * (delta - (1 - self.eta) * parallel)
+        return D + excess * (delta - (1 - self.eta) * parallel)

@@ -64,22 +64,29 @@ def invert(
 
 
 def _noisier(predict: PredictNoise, i: int, x_next: Tensor, scale: float, shift: float, iterations: int) -> Tensor:
-    """The x at level i with scale x + shift eps(x, i) = x_next, as near as `iterations` beyond the first bring it."""
+    """The x at level i with scale x + shift eps(x, i) = x_next, as near as `iterations` beyond the first bring it.
+
+    Each picture of the batch ends by itself.
+    """
     x = (x_next - shift * predict(x_next, i)) / scale
     x_before, change_before = x, _rms(x - x_next)
+    going = change_before >= CONVERGED
     for _ in range(iterations):
-        if change_before < CONVERGED:
+        if not going.any():
             break
         x_after = (x_next - shift * predict(x, i)) / scale
         change = _rms(x_after - x)
-        if change > change_before:  # x misses x_next by more than the one before did: rounding, or a step too large
-            return x_before
-        x_before, x, change_before = x, x_after, change
+        worse = change > change_before  # x misses x_next by more than x_before did: rounding, or a step too large
+        best = torch.where(worse, x_before, x_after)
+        x_before, x = x, torch.where(going, best, x)
+        going = going & ~worse & (change >= CONVERGED)
+        change_before = change
     return x
 
 
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
+def _rms(x: Tensor) -> Tensor:
+    """(B, 1, 1, 1): of each picture."""
+    return x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 @torch.no_grad()
@@ -95,8 +102,8 @@ def reconstruct(
     return x
 
 
-def psnr(a: Tensor, b: Tensor, peak: float) -> list[float]:
-    """Peak signal-to-noise ratio in dB of each element of two batches. peak: the range of their values."""
+def psnr(a: Tensor, b: Tensor, peak: float | Tensor) -> list[float]:
+    """Peak signal-to-noise ratio in dB of each element of two batches. peak: the range of their values, or (B,)."""
     return (10 * torch.log10(peak**2 / (a - b).square().flatten(1).mean(dim=1))).tolist()
 
 

@@ -124,7 +124,8 @@ class LatentCache:
 
     def read(self, index: int, mirrored: bool) -> Tensor:
         """Clean latents x_0 (C, h, w) of picture `index`, float32 on the CPU. Raises ValueError naming a lost file."""
-        return read_safetensors(self.files[index])[0]["latents"][int(mirrored)].float()
+        tensors, _ = read_safetensors(self.files[index], "delete it, and it will be encoded again")
+        return tensors["latents"][int(mirrored)].float()
 
 
 def cached(pictures: Sequence[Picture], folder: Path) -> LatentCache:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .backbone import Backbone, Layer, TextContext
@@ -172,9 +172,12 @@ def save_concept_model(path: Path, model: ConceptModel) -> None:
 
 
 def concept_model_header(path: Path) -> dict[str, str]:
-    """The strings in a safetensors file, without its tensors."""
-    with safe_open(str(path), framework="pt") as file:
-        return file.metadata() or {}
+    """The strings in a safetensors file, without its tensors; none for a file that is damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
 
 
 def load_concept_model(path: Path) -> ConceptModel:

@@ -17,7 +17,7 @@ from .files import read_safetensors, write_safetensors
 from .latent_cache import LatentCache
 from .nulltext import ConceptModel, null_context
 from .nulltext_training import ALONE, ModelState, NullTextSettings, PredictNoise, Workers, train_null_text
-from .run_state import FORMAT_VERSION, run_fingerprint
+from .run_state import DAMAGED_RUN, FORMAT_VERSION, run_fingerprint
 from .sampling import classifier_free, ddim_sample, noise_source
 from .state_file import StateFile
 
@@ -53,7 +53,9 @@ class NullTextRun:
 
     def fingerprint(self, backbone: Backbone) -> str:
         """The run's name on disk: everything that decides the result, except how many steps it is to have."""
-        settings = {key: value for key, value in asdict(self.settings).items() if key != "steps"}
+        # How a batch is shared out changes the order of sums only; 1 is what runs had in their names.
+        settings = asdict(replace(self.settings, accumulation=1))
+        del settings["steps"]
         pictures = " ".join(f"{file.parent.name}{file.stem}" for file in self.latents.files)
         features = {f"{layer}": feature for layer, feature in self.base.features.items()}
         decisions = {"pictures": pictures, "model": backbone.fingerprint(), "format_version": FORMAT_VERSION}
@@ -91,6 +93,8 @@ class NullTextRun:
             self.settings.steps,
             start_fresh,
         )
+        if start_fresh:
+            samples_file.unlink(missing_ok=True)
         for number in (len(self.latents), state.step):
             if workers.mean(torch.tensor(float(number), device=backbone.device)) != number:
                 raise ValueError(
@@ -101,7 +105,7 @@ class NullTextRun:
         null = null_context(backbone)
         predict = predict_noise or (lambda x_t, t: backbone.predict_noise(x_t, t, null.repeat(len(t))))
         paint = self._painter(backbone, state, report, samples_file)
-        if state.step < self.settings.steps and state.stopped_short_of < self.settings.steps:
+        if state.step < self.settings.steps and state.stopped_short_of != self.settings.steps:
             state.stopped_short_of = 0
 
             def after_step(state: ModelState) -> bool:
@@ -138,7 +142,7 @@ class NullTextRun:
             if not plan.count:
                 return None
             header = {"plan": str(plan), "step": str(state.step)}
-            if not file.exists() or read_safetensors(file)[1] != header:
+            if not file.exists() or read_safetensors(file, DAMAGED_RUN)[1] != header:
                 null = null_context(backbone).repeat(plan.count)
                 predict_noise = classifier_free(backbone, StagedContext((0,), (null,), {}), null, cfg=1)
                 draw_noise = noise_source(backbone, seeds, (plan.size, plan.size))

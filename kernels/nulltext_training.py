@@ -20,7 +20,7 @@ from .course import draw_timesteps
 from .files import read_safetensors, write_safetensors
 from .latent_cache import LatentCache
 from .losses import Prediction, denoising_loss
-from .run_state import FORMAT_VERSION, RunState
+from .run_state import DAMAGED_RUN, FORMAT_VERSION, RunState
 from .schedule import NoiseSchedule
 from .training import draw_anchors, step_generator
 
@@ -30,7 +30,8 @@ PredictNoise = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class NullTextSettings:
-    """Numbers of a run (paper, appendix D, and released configuration; METHODS 5.5). Raising `steps` continues it.
+    """Numbers of a run (paper, appendix D, and released configuration; METHODS 5.5). Raising `steps` continues it, and
+    changing `accumulation` does.
 
     learning_rate, weight_decay: of AdamW. batch_size: pictures a step, over all workers. accumulation: parts in which
     a worker computes its share. clip: largest norm of the gradient. ema_decay: of the averaged weights, which are the
@@ -115,7 +116,7 @@ class ModelState(RunState):
     @classmethod
     def load(cls, path: Path, weights: Mapping[str, Tensor]) -> ModelState:
         """Read a state into `weights`. Raises ValueError naming the file when it is damaged."""
-        tensors, header = read_safetensors(path)
+        tensors, header = read_safetensors(path, DAMAGED_RUN)
         losses = tensors.pop("losses").tolist()
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
@@ -191,9 +192,10 @@ def train_null_text(
                 weight.grad /= gradient_scale
         norm = torch.nn.utils.clip_grad_norm_(weights, settings.clip)
         if not (loss.isfinite() and norm.isfinite()):
+            kept = f"; the weights of step {state.step} are kept: set steps to {state.step} to get them"
             raise ValueError(
-                f"The loss is not finite at step {state.step + 1}; the weights of step {state.step} are kept. Lower "
-                "the learning rate, or compute in bf16 or fp32 instead of fp16."
+                f"The loss is not finite at step {state.step + 1}{kept if state.step else ''}. To get further, start "
+                "with a lower learning rate, or compute in bf16 or fp32 instead of fp16."
             )
         optimizer.step()
         decay = min(settings.ema_decay, (1 + state.step) / (10 + state.step))

@@ -17,6 +17,8 @@ FORMAT_VERSION = 1
 # Not every file holds these; ComfyUI then leaves them at what the memory held before, another value at each loading.
 UNLOADED = ("text_projection.weight", "logit_scale")
 
+DAMAGED_RUN = "turn start_fresh on, or delete the folder"  # what to do
+
 
 @dataclass
 class RunState:
@@ -89,7 +91,7 @@ class RunState:
     @classmethod
     def load(cls, path: Path, device: torch.device) -> RunState:
         """Read a state. Raises ValueError naming the file when it is damaged."""
-        tensors, header = read_safetensors(path)
+        tensors, header = read_safetensors(path, DAMAGED_RUN)
         losses = tensors.pop("losses").tolist()
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():

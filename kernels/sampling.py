@@ -70,9 +70,10 @@ def noise_source(backbone: Backbone, seeds: Sequence[int], size: tuple[int, int]
     """Gives, each time it is called, Gaussian noise (len(seeds), C, h, w) for pictures of size (H, W) in pixels.
 
     Every seed has its own random numbers, drawn on the CPU, so that a picture does not depend on its batch or device.
+    seeds: any integers; those that are the same modulo 2^64 are one.
     """
     shape = (backbone.latent_channels, *(side // backbone.latent_scale for side in size))
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed % 2**64) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(backbone.device)
 
 

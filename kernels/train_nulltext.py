@@ -115,7 +115,7 @@ def untrained_form(
         backbone.family,
         {layer: feature.cpu() for layer, feature in shared.items()},
         None if pooled is None else pooled[0].float().cpu(),
-        metadata={"form": form},
+        metadata={"form": form, "prediction": backbone.prediction_type},
     )
 
 

@@ -20,6 +20,10 @@ CATEGORY = "Concept Atelier/Use"
 WITH_WEIGHTS = (
     "<{name}> learned weights along: connect it to 'Apply Concepts' as well, or load its file with Load LoRA (Model)."
 )
+SCHEDULED_HOOKS = (
+    "The CLIP carries hooks that change over the sampling, and this prompt would get one encoding for all of it: turn "
+    "schedule_clip off in 'Set CLIP Hooks', or use CLIP Text Encode for a prompt without concepts."
+)
 
 
 def by_name(concepts: Iterable[Concept]) -> dict[str, Concept]:
@@ -80,13 +84,16 @@ class AtelierTextEncode(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output(
                     display_name="CONDITIONING",
-                    tooltip="The encoded prompt. In Conditioning (Concat), connect it as conditioning_to.",
+                    tooltip="The encoded prompt. In Conditioning (Concat), connect it as conditioning_to. Conditioning "
+                    "(Average) mixes only concepts that are the same for all layers and timesteps.",
                 ),
             ],
         )
 
     @classmethod
     def execute(cls, clip, text: str, concepts: io.Autogrow.Type) -> io.NodeOutput:
+        if clip.use_clip_schedule and clip.patcher.forced_hooks:
+            raise ValueError(SCHEDULED_HOOKS)
         named = by_name(concepts.values())
         kind = describe_clip(clip)
         for concept in named.values():
@@ -97,12 +104,15 @@ class AtelierTextEncode(io.ComfyNode):
         words = prompt_words(clip, spell_out(prompt, layouts), {name: c.layout.tokens for name, c in used.items()})
         if not used:
             encoding = encode_text(clip, prompt, {})
-            return io.NodeOutput(plain_conditioning(encoding.hidden, encoding.pooled, words))
+            conditioning = plain_conditioning(encoding.hidden, encoding.pooled, words)
+            clip.add_hooks_to_dict(conditioning[0][1])
+            return io.NodeOutput(conditioning)
         layers = common_layers(used.values())
         vectors = {name: concept.vectors for name, concept in used.items()}
         staged = encode_prompt(partial(encode_text, clip), layers, prompt, vectors, layouts, TIMESTEPS)
         owner = {at: f"<{name}>" for name, positions in staged.positions.items() for at in positions}
         conditioning = concept_conditioning(staged, layers, [owner.get(at, w) for at, w in enumerate(words)])
+        clip.add_hooks_to_dict(conditioning[0][1])
         notes = [WITH_WEIGHTS.format(name=name) for name, concept in used.items() if concept.weights]
         return io.NodeOutput(conditioning, ui=ui.PreviewText("\n".join(notes)) if notes else None)
 

@@ -52,8 +52,8 @@ class AtelierGroundingDINOLoader(io.ComfyNode):
         return DINO_FILES.check(checkpoint)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, engine: str) -> tuple[int, int]:
-        return file_status(DINO_FILES.path(checkpoint))
+    def fingerprint_inputs(cls, checkpoint: str | None, engine: str) -> tuple[int, int]:
+        return file_status(checkpoint and DINO_FILES.path(checkpoint))
 
     @classmethod
     def execute(cls, checkpoint: str, engine: str) -> io.NodeOutput:

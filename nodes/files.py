@@ -103,7 +103,7 @@ class AtelierLoadConcept(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file_name: str) -> tuple[int, int]:
-        return file_status(folder_paths.get_full_path_or_raise(FOLDER, file_name))
+        return file_status(file_name and folder_paths.get_full_path_or_raise(FOLDER, file_name))
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..kernels.guidance import AdaptiveProjection, GuidanceWeight
 from .native.guidance_cost import cost_report
-from .native.guiders import Branch, BranchesForKSampler, Correction, GCFGGuider
+from .native.guiders import Branch, Correction, GCFGGuider
+from .native.ksampler_branches import BranchesForKSampler
 from .native.live import show_text
 from .types import GuidanceBranch
 

@@ -81,9 +81,9 @@ class AtelierDDIMInversion(io.ComfyNode):
         inversion = invert_latent(model, conditioning, original, scheduler, steps, iterations)
         if vae is None:
             shown, of = None, "latents"
-            values = psnr(
-                inversion.reconstruction, original.to(inversion.reconstruction), float(original.max() - original.min())
-            )
+            original = original.to(inversion.reconstruction)
+            peaks = original.amax(dim=(1, 2, 3)) - original.amin(dim=(1, 2, 3))
+            values = psnr(inversion.reconstruction, original, peaks)
         else:
             pictures, of = vae.decode(inversion.reconstruction), "the picture"
             shown = ui.PreviewImage(pictures, cls=cls)

@@ -249,7 +249,7 @@ class AtelierLayoutPredictor(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, predictor: str, **_) -> tuple[int, int]:
-        return file_status(predictor_path(predictor))
+        return file_status(predictor and predictor_path(predictor))
 
     @classmethod
     def execute(

@@ -53,8 +53,8 @@ class AtelierSAMLoader(io.ComfyNode):
         return SAM_FILES.check(checkpoint)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, encoder_precision: str) -> tuple[int, int]:
-        return file_status(SAM_FILES.path(checkpoint))
+    def fingerprint_inputs(cls, checkpoint: str | None, encoder_precision: str) -> tuple[int, int]:
+        return file_status(checkpoint and SAM_FILES.path(checkpoint))
 
     @classmethod
     def execute(cls, checkpoint: str, encoder_precision: str) -> io.NodeOutput:

@@ -147,7 +147,7 @@ class AtelierLoadConceptModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file_name: str, **_other) -> tuple[int, int]:
-        return file_status(folder_paths.get_full_path_or_raise(CONCEPT_MODELS, file_name))
+        return file_status(file_name and folder_paths.get_full_path_or_raise(CONCEPT_MODELS, file_name))
 
     @classmethod
     def execute(cls, model, file_name: str) -> io.NodeOutput:

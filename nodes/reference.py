@@ -89,7 +89,8 @@ class AtelierAlignReference(io.ComfyNode):
             notes.append("target_mask is empty: no place to put the subject, so Reference Guidance will do nothing.")
             aligned, moved = cover(picture[None], *target.shape)[0], torch.zeros_like(target)
         else:
-            transform = fit_masks(mask, target, fit, max_rotation)
+            with torch.inference_mode(False):  # tensors made in inference mode have no gradients
+                transform = fit_masks(mask.clone(), target.clone(), fit, max_rotation)
             aligned, moved = (
                 warp(own, transform, target.shape) for warp, own in ((warp_picture, picture), (warp_mask, mask))
             )

@@ -57,7 +57,9 @@ def encode_once(model, vae, pictures: list[Picture], node_id: str) -> tuple[Late
 
     Before the U-Net is loaded for training, so that the VAE stays where it is.
     """
-    folder = Path(folder_paths.get_output_directory()) / LATENTS / weights_fingerprint(vae.first_stage_model)[:16]
+    # One VAE may serve models that scale its latents differently (SD1.x, SDXL).
+    name = f"{weights_fingerprint(vae.first_stage_model)[:16]}_{model.model.latent_format.scale_factor}"
+    folder = Path(folder_paths.get_output_directory()) / LATENTS / name
     bar = comfy.utils.ProgressBar(len(pictures), node_id=node_id)  # raises when Cancel is pressed
 
     def encode(images: Tensor) -> Tensor:

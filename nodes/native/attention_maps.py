@@ -12,14 +12,14 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.heatmaps import map_level, map_shape, resize
-from .patches import by_head, sampling_step, watch_cross_attention
+from .patches import by_head, check_whole, sampling_step, watch_cross_attention
 from .payload import WORDS, Conditioning
 
 KEY = "concept_atelier_attention"
 
 AREA = (
     "The positive conditioning is limited to an area, and the map of an area does not cover the picture: limit it with "
-    "'Conditioning (Set Mask)' instead."
+    "'Conditioning (Set Mask)' with set_cond_area 'default' instead."
 )
 
 
@@ -72,21 +72,33 @@ class AttentionRecorder:
         self.sums: dict[Place, Tensor] = {}  # (B, h, w), the sum of all layers there
         self.counts: Counter[Place] = Counter()
         self.left_out: set[Place] = set()
+        self.expecting = False
 
     def watch(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of MODEL that is recorded when it is sampled."""
         watched = model.clone()
+        watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self.predict_noise)
         watched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self)
         return watched
+
+    def predict_noise(self, executor: Callable, *given: Any) -> Tensor:
+        """The PREDICT_NOISE wrapper."""
+        self.expecting = True
+        return executor(*given)
 
     def __call__(
         self, executor: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> list[Tensor]:
-        if torch.is_grad_enabled():  # a forward that somebody differentiates (Layout Guidance), not the sampling's own
+        # A prediction begins with the sampling's own call. What is called before is Layout Guidance, later ones are
+        # other guidances (SAG, PAG), on other latents or with changed attention.
+        if not self.expecting:
             return executor(model, conds, x_in, timestep, model_options)
+        self.expecting = False
         options = model_options["transformer_options"]
-        call = CallRecorder(self, max(sampling_step(options, timestep), 0))
+        call = CallRecorder(self, max(sampling_step(options, timestep), 0), x_in)
         for cond in conds[0]:
+            if cond.get("prompt_type") == "negative":  # GCFG asks for it alone where the positive does not count
+                continue
             positions = [at for at, word in enumerate(cond.get(WORDS, ())) if fold(word) in self.words]
             if positions and "area" in cond:
                 raise ValueError(AREA)
@@ -128,11 +140,13 @@ class AttentionRecorder:
 
 
 class CallRecorder:
-    """What one call of the U-Net shows. prompts: of each positive cond its token positions and its length."""
+    """What one call of the U-Net on `latents` shows. prompts: of each positive cond its token positions and its length.
 
-    def __init__(self, recorder: AttentionRecorder, step: int) -> None:
-        self.recorder = recorder
-        self.step = step
+    Raises ValueError where another node shows it tiles.
+    """
+
+    def __init__(self, recorder: AttentionRecorder, step: int, latents: Tensor) -> None:
+        self.recorder, self.step, self.latents = recorder, step, latents
         self.prompts: dict[Any, tuple[Sequence[int], int]] = {}
 
     def record(self, extra: dict, q: Tensor, k: Tensor, heads: int) -> None:
@@ -143,6 +157,7 @@ class CallRecorder:
         for uuid, q_chunk, k_chunk in zip(extra["uuids"], q.chunk(chunks), k.chunk(chunks)):
             positions, length = self.prompts.get(uuid, ((), 0))  # a negative is not among them
             if positions and self.recorder.wants(place):
+                check_whole(extra, self.latents)
                 maps = word_attention(q_chunk, k_chunk, heads, positions, length)
                 self.recorder.add(place, maps.unflatten(-1, map_shape(place.level, *size)))
 

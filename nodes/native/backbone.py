@@ -57,6 +57,10 @@ def native_session(model: ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) 
             f"The VAE makes latents of {vae.latent_channels} channels, the MODEL needs "
             f"{model.model.latent_format.latent_channels}: connect the VAE of the same checkpoint."
         )
+    if model.injections or clip.patcher.injections:
+        raise ValueError(
+            "MODEL or CLIP come from a node like Load LoRA (Bypass), by which runs are not told apart: use Load LoRA."
+        )
     with differentiable(model, clip) as (whole_model, whole_clip):
         yield NativeBackbone(whole_model, whole_clip, vae)
 
@@ -135,6 +139,7 @@ class NativeBackbone:
         self.schedule = NoiseSchedule(1 / (1 + sigmas.cpu().double() ** 2))  # not every device has float64
         self.gradient_scale = HALF_PRECISION_SCALE if model.model.get_dtype_inference() == torch.float16 else 1.0
         self._recorders: list[_AttentionRecorder] = []
+        self._uuid = uuid.uuid4()  # one for all predictions: EasyCache keeps a tensor with its graph for each it meets
 
     def token_vectors(self, text: str) -> dict[str, Tensor]:
         """See `Backbone.token_vectors`."""
@@ -190,7 +195,7 @@ class NativeBackbone:
         if context.pooled is not None:
             cond["pooled_output"] = context.pooled
         model_conds = self.model.model.extra_conds(**cond, device=self.device, noise=x, prompt_type="positive")
-        return {**cond, "model_conds": model_conds, "uuid": uuid.uuid4()}
+        return {**cond, "model_conds": model_conds, "uuid": self._uuid}
 
     def _model_options(self, context: TextContext) -> dict[str, Any]:
         """The MODEL's own options, and for this call our patches."""

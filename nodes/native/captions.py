@@ -56,6 +56,12 @@ def caption_models() -> list[str]:
     return sorted(file.parent.as_posix() for file in files if file.name == CONFIG)
 
 
+def caption_folder(name: str) -> Path | None:
+    """The folder of that name in models/blip2; None where it holds no model."""
+    config = folder_paths.get_full_path(FOLDER, f"{name}/{CONFIG}")
+    return Path(config).parent if config else None
+
+
 def check_caption_model(name: str | None) -> bool | str:
     """True, or the sentence that says what is wrong with a folder in models/blip2: for a node's validate_inputs.
 
@@ -63,14 +69,13 @@ def check_caption_model(name: str | None) -> bool | str:
     """
     if name in (None, NO_CAPTION):
         return True
-    config = folder_paths.get_full_path(FOLDER, f"{name}/{CONFIG}")
-    if config is None:
+    folder = caption_folder(name)
+    if folder is None:
         home = Path(folder_paths.get_folder_paths(FOLDER)[0])
         return (
             f"There is no folder {name} with a {CONFIG} in models/{FOLDER}: download the .json, .txt and .safetensors "
             f"files of {PUBLISHED} into {home / EXAMPLE} and press R, or set caption_model to {NO_CAPTION}."
         )
-    folder = Path(config).parent
     if kind_of(folder) != KIND:
         return (
             f"{folder} holds no BLIP-2 model, or its {CONFIG} is damaged: choose another caption_model, such as the "
@@ -106,7 +111,7 @@ def load_captioner(name: str) -> Captioner:
     found = check_caption_model(name)
     if found is not True:
         raise ValueError(found)
-    folder = Path(folder_paths.get_full_path(FOLDER, f"{name}/{CONFIG}")).parent
+    folder = caption_folder(name)
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
     half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -18,9 +17,11 @@ from ...kernels.exemplars import Exemplar
 from ...kernels.files import read_safetensors, write_safetensors
 from ...kernels.run_state import run_fingerprint
 from .backbone import native_session
+from .output_files import runs_folder
 from .pictures import contact_sheet, to_pil
 
-FOLDER = "concept_atelier_contexts"  # in ComfyUI's temp folder, which it empties when it starts
+# Beside the runs, which these pictures name: painted again on a GPU they would differ, and name another run.
+FOLDER = "triples"
 PREVIEW_SIZE = 512  # pixels
 PREVIEW_ROWS = 4
 
@@ -35,8 +36,8 @@ def paint_contexts(
 ) -> list[tuple[Tensor, ...]]:
     """For each exemplar its pictures (H, W, 3) of other actions; MODEL, CLIP and VAE are left as they are.
 
-    actions: for each exemplar the words for its pictures. Pictures that a cancelled run had finished are taken from
-    the temp folder. A cancel ends it within a step: ComfyUI's layers raise its InterruptProcessingException.
+    actions: for each exemplar the words for its pictures. Pictures that an earlier run had finished are taken from
+    its files. A cancel ends it within a step: ComfyUI's layers raise its InterruptProcessingException.
     """
     with native_session(model, clip, vae) as backbone:
         weights = backbone.fingerprint()
@@ -50,7 +51,8 @@ def paint_contexts(
                     backbone, exemplar, words, settings, lambda step, done=done: bar.update_absolute(done + step)
                 )
                 write_safetensors(file, {"pictures": torch.stack(pictures)}, {})
-            painted.append(tuple(read_safetensors(file)[0]["pictures"]))
+            kept, _ = read_safetensors(file, "delete it, and it will be painted again")
+            painted.append(tuple(kept["pictures"]))
             done += settings.total_steps(len(words))
             rows = [[[e.image], pictures] for e, pictures in zip(exemplars, painted)]
             sheet = contact_sheet(rows[-PREVIEW_ROWS:], ["exemplar", "same context"])
@@ -62,4 +64,4 @@ def _file(weights: str, exemplar: Exemplar, words: Sequence[str], settings: Cont
     """Where the pictures of one exemplar are kept: a name made of everything that decides them."""
     decisions = {"weights": weights, "caption": exemplar.caption, "actions": "\n".join(words), **asdict(settings)}
     name = run_fingerprint(decisions, {"image": exemplar.image})
-    return Path(folder_paths.get_temp_directory()) / FOLDER / f"{name}.safetensors"
+    return runs_folder() / FOLDER / f"{name}.safetensors"

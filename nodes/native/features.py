@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ DINO_FILES = ModelFiles(
 DINO_BYTES_PER_PICTURE = 200e6  # of activations: twelve layers of 785 patches at most; estimated, not measured
 
 
-def by_dino(file: str, pictures: Tensor, to: Tensor) -> list[float]:
-    """Mean cosine of each of the pictures (N, H, W, 3) with the pictures `to`, by the DINO of a file in models/dino."""
+def by_dino(file: str, pictures: Sequence[Tensor], to: Sequence[Tensor]) -> list[float]:
+    """Mean cosine of each picture (H, W, 3) with the pictures `to`, by the DINO of a file in models/dino."""
     network, _ = build_dino(DINO_FILES.read(file))
     model = evictable(network)
     module = load(model, int(DINO_BYTES_PER_PICTURE))
@@ -25,6 +26,10 @@ def by_dino(file: str, pictures: Tensor, to: Tensor) -> list[float]:
     return similarities(*vectors)
 
 
-def by_clip(clip_vision: Any, pictures: Tensor, to: Tensor) -> list[float]:
+def by_clip(clip_vision: Any, pictures: Sequence[Tensor], to: Sequence[Tensor]) -> list[float]:
     """The same by the image embedding of a CLIP_VISION."""
-    return similarities(*(clip_vision.encode_image(batch)["image_embeds"].float() for batch in (pictures, to)))
+    vectors = [
+        torch.cat([clip_vision.encode_image(one[None])["image_embeds"].float() for one in batch])
+        for batch in (pictures, to)
+    ]
+    return similarities(*vectors)

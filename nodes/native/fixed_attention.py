@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels.backbone import Layer
 from ...kernels.replacement import Columns, attention, fix_columns
-from .patches import ATTENTION, by_head, layer_of_call, watch_cross_attention
+from .patches import ATTENTION, by_head, check_whole, layer_of_call, watch_cross_attention
 
 Maps = Mapping[Layer, Tensor]
 """A prompt's attention (1, heads, h * w, T) in each layer."""
@@ -18,13 +18,16 @@ Maps = Mapping[Layer, Tensor]
 POSITIVE = 0  # where ComfyUI's guiders put the positive prompt among the prompts of a call
 
 
-def seen_in(transformer_options: dict[str, Any], maps: dict[Layer, Tensor], home: torch.device) -> dict[str, Any]:
+def seen_in(
+    transformer_options: dict[str, Any], maps: dict[Layer, Tensor], home: torch.device, latents: Tensor
+) -> dict[str, Any]:
     """A copy of transformer_options with which a call of the U-Net on one prompt writes its attention into `maps`.
 
-    home: where they are kept.
+    home: where they are kept. latents: (1, C, h, w) of that call, which raises ValueError when it sees a tile of them.
     """
 
     def look(extra_options: Mapping[str, Any], q: Tensor, k: Tensor, heads: int) -> None:
+        check_whole(extra_options, latents)
         maps[layer_of_call(extra_options)] = attention(by_head(q, heads), by_head(k, heads), k.shape[1]).to(home)
 
     return watch_cross_attention(transformer_options, look)

@@ -68,6 +68,8 @@ def _stretch(guider: GCFGGuider, progress: float) -> list[str]:
             together = forwards.setdefault(_batch(guider.groups.index(group), group, name, cond), [])
             if name not in together:
                 together.append(name)
+    if not forwards:
+        return ["0 forwards of the U-Net: nothing is at work here, not even the unconditional"]
     (first, shared), *others = forwards.items()
     lines = [f"{len(forwards)} forward{'s' * (len(forwards) > 1)} of the U-Net a step"]
     lines.append(f"- {', '.join(shared)}" + " together" * (len(shared) > 1))

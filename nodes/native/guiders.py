@@ -1,7 +1,8 @@
-"""GCFG as a GUIDER, and as a patch that makes KSampler use one."""
+"""GCFG as a GUIDER."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,15 +20,13 @@ from ...kernels.guidance import (
     GuidanceWeight,
     check_weights,
     combine,
-    mean_condition,
     rescale,
     unconditional_coefficient,
 )
-from .model_groups import KEY, ModelGroup, Part, by_base, same
+from .model_groups import KEY, ModelGroup, Part, by_base, same, with_wrappers
 from .payload import Conditioning
 
 UNCONDITIONAL = "unconditional"
-POSITIVE = "KSampler's positive"
 POST_CFG = "sampler_post_cfg_function"
 REPLACE_CFG = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_calc_cond_batch_function")
 
@@ -38,10 +37,6 @@ BRANCHES_INSIDE = (
 NOT_ON_ALL = (
     "The MODEL of {name} comes from a node that acts on the whole sampling (such as Layout Guidance), and the MODEL of "
     "{unconditional} from none or another, so that it would do nothing: put one such node before both."
-)
-OTHER_GUIDER = (
-    "A MODEL from 'GCFG (for KSampler)' works with KSampler, KSampler (Advanced), SamplerCustom and CFG Guider, not "
-    "with {guider}: use 'GCFG Guider' there, with the MODEL from before 'GCFG (for KSampler)'."
 )
 NOTHING_UNCONDITIONAL = (
     "The unconditional (negative) conditioning says nothing at a step that needs it, because of its timestep range: "
@@ -124,12 +119,15 @@ class GCFGGuider(ModelGroup):
         }
         needed = bool(unconditional_coefficient(list(w.values())) or partial_cover)
         needed = needed or options.get("disable_cfg1_optimization", False)
+        # Nodes that act after CFG get the unconditional for a condition where the running MODEL predicts no branch.
+        needed = needed or (bool(options.get(POST_CFG)) and not w.keys() & self.calls[0][1])
         if needed and not self.at_work(UNCONDITIONAL, timestep):
             raise ValueError(NOTHING_UNCONDITIONAL)
         names = [*w, UNCONDITIONAL] if needed else list(w)
-        clean: dict[str, Tensor] = {}
-        for group in self.groups:
-            clean |= group.denoise(names, x, timestep, options)
+        clean = self.denoise(names, x, timestep, options)
+        for group in self.others:
+            own = with_wrappers(group.prepared, WrappersMP.CALC_COND_BATCH, self._added(options))
+            clean |= group.denoise(names, x, timestep, own)
         D_0 = clean.pop(UNCONDITIONAL, None)
         for name, where in partial_cover.items():
             clean[name] = torch.where(where, clean[name], D_0)
@@ -140,16 +138,16 @@ class GCFGGuider(ModelGroup):
     ) -> Tensor:
         values, D = list(w.values()), [clean[name] for name in w]
         guided = combine(D, values, D_0 if unconditional_coefficient(values) else None)
-        condition = mean_condition(guided, D_0, values)
         guided = self.projection.guide(guided, D_0, values)
         if self.correction.rescale and D:
             guided = rescale(guided, D, values, x, sigma, self.correction.rescale)
-        own = next((name for name in w if name in self.names), UNCONDITIONAL)
-        for function in options.get(POST_CFG, ()):
+        if functions := options.get(POST_CFG, ()):
+            conds, condition = self._condition(w, {**clean, UNCONDITIONAL: D_0}, x, sigma)
+        for function in functions:
             guided = function(
                 {
                     "denoised": guided,
-                    "cond": self.own_conds(own),
+                    "cond": conds,
                     "uncond": self.own_conds(UNCONDITIONAL),
                     "cond_scale": sum(values),
                     "model": self.inner_model,
@@ -161,6 +159,39 @@ class GCFGGuider(ModelGroup):
                 }
             )
         return guided
+
+    def _condition(
+        self, w: dict[str, float], clean: dict[str, Tensor], x: Tensor, sigma: Tensor
+    ) -> tuple[list[dict], Tensor]:
+        """The one condition that nodes acting after CFG know of: conds to ask again, and what they predicted.
+
+        The branches' weighted mean where ComfyUI, which weighs conds by their strength, can tell it; else a branch
+        alone. Only those count that the running MODEL's options predict, over the whole picture.
+        """
+        whole = [name for name in w if name in self.calls[0][1] and self.covered(name, x, sigma) is None]
+        conds = {name: [cond for cond in self.own_conds(name) if self._in_range(cond, sigma)] for name in whole}
+        plain = [name for name in whole if all(map(_is_plain, conds[name]))]
+        total = math.fsum(w[name] for name in plain)
+        if abs(total) < 1e-6:
+            name = max(whole, key=w.__getitem__, default=UNCONDITIONAL)
+            return self.own_conds(name), clean[name]
+        shares = {name: w[name] / total for name in plain}
+        mean = []
+        for name, share in shares.items():
+            strengths = [cond.get("strength", 1.0) for cond in conds[name]]
+            mean += [
+                {**cond, "strength": share * strength / sum(strengths)}
+                for cond, strength in zip(conds[name], strengths, strict=True)
+            ]
+        return mean, combine([clean[name] for name in plain], list(shares.values()), None)
+
+    def _added(self, options: dict) -> dict[str, list]:
+        """The wrappers of predictions that the running sampler has added to those of this MODEL."""
+        own, running = (
+            given["transformer_options"].get("wrappers", {}).get(WrappersMP.CALC_COND_BATCH, {})
+            for given in (self.model_options, options)
+        )
+        return {key: wrappers for key, wrappers in running.items() if key not in own}
 
     def _group(self, name: str) -> ModelGroup:
         return next(group for group in self.groups if name in group.names)
@@ -174,6 +205,11 @@ class GCFGGuider(ModelGroup):
         return {name: w for name, w in weights.items() if w and self._group(name).at_work(name, sigma)}
 
 
+def _is_plain(cond: dict) -> bool:
+    """Whether a cond counts alike in the whole picture."""
+    return cond.get("strength", 1.0) > 0 and not {"area", "mask", "default"} & cond.keys()
+
+
 class _Inside(comfy.samplers.Sampler):
     """In place of a sampler: runs `run` while ComfyUI holds one more model ready, and keeps what it returns."""
 
@@ -183,6 +219,7 @@ class _Inside(comfy.samplers.Sampler):
     def sample(
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *_: Any
     ) -> Tensor:
+        model_wrap.prepared = extra_args["model_options"]
         self.samples = self.run()
         return noise
 
@@ -236,50 +273,5 @@ def check_model(part: Part, unconditional: Part) -> None:
     if not same(*(p.model.model_options.get(POST_CFG, []) for p in (part, unconditional))):
         raise ValueError(
             f"The MODELs of {part.name} and {unconditional.name} carry different nodes that change the guided "
-            "picture (such as PAG): put them on both or on neither."
+            "picture (such as PAG): put one such node before both, or none on either."
         )
-
-
-class BranchesForKSampler:
-    """The OUTER_SAMPLE wrapper: hands the sampling over to GCFG.
-
-    KSampler's negative is the unconditional, its positive a branch with weight cfg, after which the others come.
-    """
-
-    def __init__(self, branches: dict[str, Branch], correction: Correction) -> None:
-        """Raises ValueError unless some branch has a weight."""
-        check_weights([branch.weight for branch in branches.values()])
-        self.branches, self.correction = branches, correction
-
-    def __call__(
-        self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: comfy.samplers.Sampler, sigmas: Tensor,
-        denoise_mask: Tensor | None = None, callback: Callable | None = None, disable_pbar: bool = False,
-        seed: int | None = None, **_: Any,
-    ) -> Tensor:  # fmt: skip
-        guider = executor.class_obj
-        if type(guider) is not comfy.samplers.CFGGuider:
-            raise ValueError(OTHER_GUIDER.format(guider=type(guider).__name__))
-        ours = self.guider(
-            guider.model_patcher,
-            *([[None, cond] for cond in guider.original_conds[side]] for side in ("positive", "negative")),
-            guider.cfg,
-        )
-        return ours.sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
-
-    def guider(self, model: ModelPatcher, positive: Conditioning, negative: Conditioning, cfg: float) -> GCFGGuider:
-        """The guider that a KSampler with these inputs is given."""
-        model = model.clone()
-        model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-        first = {POSITIVE: Branch(model, positive, GuidanceWeight(cfg))}
-        return GCFGGuider(model, negative, first | self.branches, self.correction)
-
-    def patch(self, model: ModelPatcher) -> ModelPatcher:
-        """A clone of MODEL that KSampler samples with the branches.
-
-        Ours is the first wrapper: those of other nodes run inside the guider, once.
-        """
-        if KEY in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
-            raise ValueError(BRANCHES_INSIDE.format(name="GCFG (for KSampler)"))
-        patched = model.clone()
-        patched.wrappers[WrappersMP.OUTER_SAMPLE] = {KEY: [self], **patched.wrappers.get(WrappersMP.OUTER_SAMPLE, {})}
-        return patched

@@ -15,6 +15,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.backbone import HALF_PRECISION_SCALE, TextContext
@@ -33,22 +34,33 @@ from ...kernels.trajectory import Trajectory
 from .backbone import context_width, cross_attention_layers, model_family
 from .gradients import attention_with_backward, differentiable_model, leave_inference, saved_for_backward
 from .guiders import POST_CFG, REPLACE_CFG
+from .layout_guidance import KEY as LAYOUT
+from .model_groups import KEY as GCFG
 from .payload import WORDS, Conditioning, concept_conditioning
 
 # What a plain prompt may carry beside its context: SDXL's pooled vector and sizes.
 PLAIN = {"pooled_output", WORDS, "width", "height", "crop_w", "crop_h", "target_width", "target_height"}
+NULL_TEXT = "concept_atelier_null_text"  # under which a conditioning says what it was optimised for
 
 NOT_PLAIN = (
     "The unconditional conditioning carries more than one plain prompt ({what}), which null-text optimisation cannot "
     "take apart: connect an empty prompt from CLIP Text Encode."
 )
 OTHER_GUIDANCE = (
-    "The MODEL carries a node that changes guidance (such as Rescale CFG, APG or PAG), which cannot be inverted: "
-    "connect the MODEL from before that node."
+    "The MODEL carries a node that changes guidance (such as Rescale CFG, APG, PAG, Layout Guidance or GCFG), which "
+    "cannot be inverted: connect the MODEL from before that node."
 )
 EMPTY_LATENT = (
     "The latent is empty, so there is no picture to invert: connect the picture through VAE Encode, with the VAE "
     "of the MODEL's checkpoint."
+)
+NOT_FINITE = (
+    "The latent holds values that are not finite, so there is no picture to invert: encode the picture with a VAE in "
+    "fp32 (start ComfyUI with --fp32-vae), and look whether it comes back through VAE Decode."
+)
+SHARED_CONTROL = (
+    "The ControlNet of the conditioning acts on the unconditional prompt too, which cannot be varied then: use Apply "
+    "ControlNet with its positive output alone, on a prompt without an area."
 )
 
 
@@ -61,6 +73,13 @@ class Inversion(NamedTuple):
     reconstruction: Tensor
 
 
+class OptimisedFor(NamedTuple):
+    """What a null-text conditioning retraces. cfg: guidance scale. trajectory: its fingerprint."""
+
+    cfg: float
+    trajectory: str
+
+
 def invert_latent(
     model: ModelPatcher, conditioning: Conditioning, latent: Tensor, scheduler: str, steps: int, iterations: int
 ) -> Inversion:
@@ -71,6 +90,8 @@ def invert_latent(
     check_invertible(model, conditioning)
     if not latent.any():
         raise ValueError(EMPTY_LATENT)
+    if not latent.isfinite().all():
+        raise ValueError(NOT_FINITE)
     channels = model.model.latent_format.latent_channels
     if latent.ndim != 4 or latent.shape[1] != channels:
         raise ValueError(
@@ -119,13 +140,15 @@ def null_text_conditioning(
     contexts = tuple(TextContext.plain(phi, layers) for phi in reversed(sampler.result.contexts))
     values = unconditional[0][1]
     [[context, carried]] = concept_conditioning(StagedContext(starts, contexts, {}), layers, values.get(WORDS, ()))
-    return [[context, {**carried, **values}]], sampler.result
+    made_for = OptimisedFor(settings.w, trajectory_fingerprint(trajectory))
+    return [[context, {**carried, **values, NULL_TEXT: made_for}]], sampler.result
 
 
 def check_invertible(model: ModelPatcher, conditioning: Conditioning, name: str = "conditioning") -> None:
     """Raise ValueError unless the MODEL can be inverted and the conditioning is for it."""
     model_family(model)
-    if any(model.model_options.get(function) for function in (POST_CFG, *REPLACE_CFG)):
+    functions = [function for function in (POST_CFG, *REPLACE_CFG) if model.model_options.get(function)]
+    if functions or {LAYOUT, GCFG} & model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).keys():
         raise ValueError(OTHER_GUIDANCE)
     for context, _ in conditioning:
         if context.shape[-1] != context_width(model):
@@ -146,6 +169,11 @@ def model_fingerprint(model: ModelPatcher) -> str:
     return tensors_fingerprint(
         (key, value) for key, (own, *added) in sorted(patches.items()) for value in _tensors([own[0], added])
     )
+
+
+def trajectory_fingerprint(trajectory: Trajectory) -> str:
+    """A hash of the picture and of the noise levels that it was inverted through."""
+    return tensors_fingerprint([("abar", trajectory.abar), ("latents", trajectory.latents)])
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -208,7 +236,10 @@ class _NullTextSampler(comfy.samplers.Sampler):
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *_: Any
     ) -> Tensor:
         base, options = model_wrap.inner_model, extra_args["model_options"]
-        positive, [negative] = model_wrap.conds["positive"], model_wrap.conds["negative"]
+        # Several where the positive one has areas: ComfyUI then copies the unconditional prompt to each.
+        positive, negatives = model_wrap.conds["positive"], model_wrap.conds["negative"]
+        if any("control" in cond for cond in negatives):
+            raise ValueError(SHARED_CONTROL)
 
         def clean(conds: list[dict], x: Tensor, sigma: Tensor) -> Tensor:
             transformer = dict(options["transformer_options"])
@@ -219,9 +250,11 @@ class _NullTextSampler(comfy.samplers.Sampler):
                 return comfy.samplers.calc_cond_batch(base, [conds], x, sigma, every)[0]
 
         def unconditional(x: Tensor, i: int, phi: Tensor) -> Tensor:
-            model_conds = {**negative["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(phi)}
-            cond = {**negative, "model_conds": model_conds, "uuid": uuid.uuid4()}
-            return predictions(lambda x, sigma: clean([cond], x, sigma), levels)(x, i)
+            own = {"c_crossattn": comfy.conds.CONDCrossAttn(phi)}
+            conds = [
+                {**cond, "model_conds": {**cond["model_conds"], **own}, "uuid": uuid.uuid4()} for cond in negatives
+            ]
+            return predictions(lambda x, sigma: clean(conds, x, sigma), levels)(x, i)
 
         with torch.inference_mode(False):
             leave_inference(base)  # ComfyUI may have loaded something else meanwhile, and moved it
@@ -230,7 +263,7 @@ class _NullTextSampler(comfy.samplers.Sampler):
                 predictions(lambda x, sigma: clean(positive, x, sigma), levels),
                 unconditional,
                 replace(self.trajectory, latents=self.trajectory.latents.clone()),
-                negative["model_conds"]["c_crossattn"].cond.to(levels.device, torch.float32, copy=True),
+                negatives[0]["model_conds"]["c_crossattn"].cond.to(levels.device, torch.float32, copy=True),
                 self.settings,
                 HALF_PRECISION_SCALE if base.get_dtype_inference() == torch.float16 else 1.0,
                 self.bar.update_absolute,

@@ -30,7 +30,7 @@ from .backbone import cross_attention_layers, model_family
 from .gradients import attention_with_backward, differentiable_model, leave_inference, saved_for_backward
 from .kv_deltas import carried
 from .model_groups import ModelGroup
-from .patches import ATTENTION, by_head, check_watched, layer_of_call, sampling_step, watch_cross_attention
+from .patches import ATTENTION, by_head, check_watched, check_whole, layer_of_call, sampling_step, watch_cross_attention
 from .payload import WORDS, Conditioning
 
 KEY = "concept_atelier_layout"
@@ -40,7 +40,7 @@ HAND_OVER_A_COPY = (uni_pc.sample_unipc, uni_pc.sample_unipc_bh2)
 
 AREA = (
     "The positive conditioning is limited to an area, and its attention does not cover the picture: limit it with "
-    "'Conditioning (Set Mask)' without set_cond_area instead, or leave it to the boxes of Layout Guidance."
+    "'Conditioning (Set Mask)' with set_cond_area 'default' instead, or leave it to the boxes of Layout Guidance."
 )
 GUIDED_ALREADY = (
     "This MODEL comes from another 'Layout Guidance', which would be lost: name all things and their boxes in one node."
@@ -56,10 +56,6 @@ MASKED_LATENT = (
 OTHER_PROMPT = (
     "No conditioning of this sampler is the prompt that was connected to 'Layout Guidance': connect the same positive "
     "to both, in GCFG to a branch on the same checkpoint as the unconditional."
-)
-TILES = (
-    "Another node cuts the picture into tiles, and the attention of a tile does not say where in the picture a word "
-    "looks: connect the MODEL as it comes before that node."
 )
 
 
@@ -233,8 +229,7 @@ class LayoutGuide:
             layer = layer_of_call(extra_options)
             if layer not in missing:
                 return
-            if tuple(extra_options["original_shape"][-2:]) != tuple(x.shape[-2:]):
-                raise ValueError(TILES)
+            check_whole(extra_options, x)
             missing.discard(layer)
             q, k = by_head(q, heads), by_head(k, heads)
             recording.see(layer, self.layers.index(layer), q, k, lambda context: context)

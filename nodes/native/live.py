@@ -24,6 +24,7 @@ EVENT = "concept-atelier.train"
 STOP_ROUTE = "/concept-atelier/stop"
 
 EVENT_SECONDS = 0.1  # not faster than the frontend draws
+REST = 20  # times as long as an event took: it goes through the whole history, and shall take at most 5 % of the time
 PREVIEW_SECONDS = 1.0  # a preview is a JPEG: a hundred times the bytes of an event
 PREVIEW_WIDTH = 512
 LINE_LENGTH = 72  # characters of a line of text on that width
@@ -181,8 +182,10 @@ class LiveReport:
         self._bar.update_absolute(step, self.total, preview)
         server = prompt_server()
         if server is not None and (final or now >= self._next_event):
+            started = time.monotonic()
             server.send_sync(EVENT, self._event(step, now, loss_history, stats))
-            self._next_event = now + EVENT_SECONDS
+            ended = time.monotonic()
+            self._next_event = ended + max(EVENT_SECONDS, REST * (ended - started))
 
     def picture(self, losses: Sequence[float]) -> Image.Image:
         """The loss curve, under it what was said last, under that the newest samples."""

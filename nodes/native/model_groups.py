@@ -35,6 +35,7 @@ UNALIKE = (
 )
 RANGE = ("timestep_start", "timestep_end")
 EXTENT = ("area", "strength", "mask", "mask_strength")
+ASK_THEMSELVES = ("model_function_wrapper", "sampler_post_cfg_function")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,10 @@ class ModelGroup(comfy.samplers.CFGGuider):
         self.source = {part.name: part for part in parts}
         self.carries_deltas = False
         if not all(same_weights(part.model, parts[-1].model) for part in parts):
-            self.carries_deltas = only_key_and_value(part.model for part in parts)
+            # Nodes that stack tiles into the batch, or predict again after CFG, know of no rows to add to.
+            self.carries_deltas = only_key_and_value(part.model for part in parts) and not any(
+                part.model.model_options.get(function) for part in parts for function in ASK_THEMSELVES
+            )
             parts = on_bare_base(parts if self.carries_deltas else hooked(parts))
         super().__init__(parts[-1].model)
         self.inner_set_conds(
@@ -183,6 +187,7 @@ class ModelGroup(comfy.samplers.CFGGuider):
             names.append(part.name)
         self.uuids = {name: {cond["uuid"] for cond in conds} for name, conds in self.original_conds.items()}
         self.options: dict[int, dict] = {}
+        self.prepared: dict | None = None  # the model_options of a group that is held ready inside another's sampling
         self.deltas: dict[str, dict[str, Tensor]] = {}
 
     def load_with(self, others: Collection[ModelPatcher]) -> None:
@@ -207,7 +212,7 @@ class ModelGroup(comfy.samplers.CFGGuider):
         try:
             return super().outer_sample(noise, *args, **kwargs)
         finally:
-            self.options, self.deltas = {}, {}
+            self.options, self.deltas, self.prepared = {}, {}, None
 
     def at_work(self, name: str, sigma: Tensor) -> bool:
         """Whether part `name` predicts at noise level sigma: some of its conditioning is in its timestep range."""
@@ -244,7 +249,7 @@ class ModelGroup(comfy.samplers.CFGGuider):
     def denoise(self, names: Collection[str], x: Tensor, sigma: Tensor, options: dict) -> dict[str, Tensor]:
         """The clean latents (B, C, h, w) that each of the parts `names` predicts of x at noise level sigma (B,).
 
-        options: the model_options of the running sampler.
+        options: the model_options with which the group's MODEL is prepared.
         """
         clean: dict[str, Tensor] = {}
         for model, call in self.calls:
@@ -272,16 +277,18 @@ def with_own(options: dict, roles: Sequence[str], deltas: Sequence[Mapping[str, 
     """
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        told = args[5]  # transformer_options
+        told = args[5]  # transformer_options; nodes that run tile after tile hand in the same ones for each
         numbers = told["cond_or_uncond"]
-        told["cond_or_uncond"] = [int(roles[number] == "negative") for number in numbers]
+        told = {**told, "cond_or_uncond": [int(roles[number] == "negative") for number in numbers]}
         with carried(executor.class_obj, [deltas[number] for number in numbers]):
-            return executor(*args, **kwargs)
+            return executor(*args[:5], told, *args[6:], **kwargs)
 
+    return with_wrappers(options, WrappersMP.APPLY_MODEL, {KEY: [apply_model]})
+
+
+def with_wrappers(options: dict, kind: str, first: dict[str, list]) -> dict:
+    """A copy of model_options with more wrappers of one kind, {key: wrappers}, around those that are there."""
     transformer = options["transformer_options"]
     wrappers = transformer.get("wrappers", {})
-    first = {KEY: [apply_model], **wrappers.get(WrappersMP.APPLY_MODEL, {})}
-    return {
-        **options,
-        "transformer_options": {**transformer, "wrappers": {**wrappers, WrappersMP.APPLY_MODEL: first}},
-    }
+    wrappers = {**wrappers, kind: {**first, **wrappers.get(kind, {})}}
+    return {**options, "transformer_options": {**transformer, "wrappers": wrappers}}

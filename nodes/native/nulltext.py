@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import comfy.model_sampling
 import comfy.sd
 import comfy.utils
 import torch
@@ -55,10 +56,17 @@ def null_text_form(model: ModelPatcher) -> ConceptModel | None:
     return model.get_attachment(KEY)
 
 
+def prediction_type(model: ModelPatcher) -> str:
+    """What the U-Net of a MODEL predicts, in the words of diffusers: "epsilon" or "v_prediction"."""
+    velocity = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION)
+    return "v_prediction" if velocity else "epsilon"
+
+
 def apply_concept_model(model: ModelPatcher, concept_model: ConceptModel) -> ModelPatcher:
     """A clone of `model` in null-text form, with the concept model's weights as patches.
 
-    Raises ValueError when the concept model was made of another architecture, and when `model` is one already.
+    Raises ValueError when the concept model was made of another architecture or of one that predicts something else,
+    and when `model` is one already.
     """
     if null_text_form(model) is not None:
         raise ValueError("The MODEL is a concept model already: connect the checkpoint's own MODEL.")
@@ -70,6 +78,14 @@ def apply_concept_model(model: ModelPatcher, concept_model: ConceptModel) -> Mod
     }
     shapes = {name: tuple(comfy.utils.get_attr(model.model, key).shape) for name, key in keys.items()}
     concept_model.check_fits(model_family(model), widths, shapes)
+    mine = prediction_type(model)
+    made_of = concept_model.metadata.get("prediction", mine)  # older files do not say
+    if made_of != mine:
+        raise ValueError(
+            f'The concept model was made of a MODEL of "{made_of}" prediction, and this one is of "{mine}": load the '
+            "kind of checkpoint that it was made of, or put the ModelSamplingDiscrete node that the checkpoint needs "
+            "before this node."
+        )
 
     made = model.clone()
     made.set_model_attn2_patch(_look_at_nothing)
@@ -160,7 +176,10 @@ def operate(
             features = calibrated_features(backbone, partial(watch_native, backbone), x_0, timesteps, seed)
         pooled = null_context(backbone).pooled
         made = ConceptModel(
-            backbone.family, features, None if pooled is None else pooled[0].float().cpu(), metadata={"form": form}
+            backbone.family,
+            features,
+            None if pooled is None else pooled[0].float().cpu(),
+            metadata={"form": form, "prediction": prediction_type(model)},
         )
         after = NativeBackbone(apply_concept_model(backbone.model, made), clip, vae)
         errors = null_text_errors(backbone, after, x_0, timesteps, seed)
@@ -168,13 +187,16 @@ def operate(
 
 
 class MasterWeight:
-    """A weight wrapper that puts a float32 leaf tensor in the place of one stored weight, in any precision."""
+    """A weight wrapper that puts a float32 leaf tensor in the place of one stored weight, in any precision.
+
+    Without a tensor the stored weight stays: layers keep their wrappers until ComfyUI loads the model again.
+    """
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
 
     def __call__(self, stored: Tensor) -> Tensor:
-        return self.weight.to(stored.dtype)
+        return stored if self.weight is None else self.weight.to(stored.dtype)
 
 
 @contextmanager
@@ -184,7 +206,7 @@ def training_session(
     """Open a MODEL in null-text form for training: yields a backbone and the weights it computes with.
 
     The weights are float32 leaf tensors by diffusers' names, at the values of the MODEL with all its patches (LoRA);
-    the MODEL's own weights are not touched.
+    the MODEL's own weights are not touched. Afterwards only the caller holds the leaf tensors.
     """
     keys = trainable_weights(model)
     masters = {name: MasterWeight() for name in keys}
@@ -192,7 +214,11 @@ def training_session(
     for name, key in keys.items():
         wrapped.add_weight_wrapper(key, masters[name])
     with native_session(wrapped, clip, vae) as backbone:
-        for name, key in keys.items():
-            stored = comfy.utils.get_attr(backbone.model.model, key)
-            masters[name].weight = stored.detach().to(backbone.device, torch.float32, copy=True).requires_grad_()
-        yield backbone, {name: master.weight for name, master in masters.items()}
+        try:
+            for name, key in keys.items():
+                stored = comfy.utils.get_attr(backbone.model.model, key)
+                masters[name].weight = stored.detach().to(backbone.device, torch.float32, copy=True).requires_grad_()
+            yield backbone, {name: master.weight for name, master in masters.items()}
+        finally:
+            for master in masters.values():
+                master.weight = None

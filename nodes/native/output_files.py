@@ -26,8 +26,13 @@ def output_file(key: str, name: str) -> Path:
     return Path(folder_paths.get_output_directory()) / key / f"{name}{SUFFIX}"
 
 
-def file_status(path: str | Path) -> tuple[int, int]:
-    """What changes when a file does, for a node's fingerprint_inputs."""
+def file_status(path: str | Path | None) -> tuple[int, int]:
+    """What changes when a file does, for a node's fingerprint_inputs.
+
+    path: None where the file's name comes through a link, and is not known before the node runs.
+    """
+    if path is None:
+        return 0, 0
     status = Path(path).stat()
     return status.st_mtime_ns, status.st_size
 

@@ -11,11 +11,22 @@ from ...kernels.backbone import Layer
 
 ATTENTION = "optimized_attention_override"
 
+TILES = (
+    "Another node cuts the picture into tiles, and the attention of a tile does not say where in the picture a word "
+    "looks: connect the MODEL as it comes before that node."
+)
+
 
 def layer_of_call(extra_options: Mapping[str, Any]) -> Layer:
     """The layer in which an attention patch is being called, from what ComfyUI tells the patch."""
     block, number = extra_options["block"]
     return Layer(block, number, extra_options["block_index"])
+
+
+def check_whole(extra_options: Mapping[str, Any], latents: Tensor) -> None:
+    """Raise ValueError when the U-Net is being called on a tile of `latents` (B, C, h, w)."""
+    if tuple(extra_options["original_shape"][-2:]) != tuple(latents.shape[-2:]):
+        raise ValueError(TILES)
 
 
 def sampling_step(transformer_options: Mapping[str, Any], timestep: Tensor) -> int:

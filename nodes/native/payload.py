@@ -118,7 +118,7 @@ class ConceptReader:
     def __call__(
         self, executor: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> list[Tensor]:
-        patch = ContextPatch({layer: number for number, layer in enumerate(self.layers)})
+        patch = ContextPatch({layer: number for number, layer in enumerate(self.layers)}, len(x_in))
         conds = [
             group and [self._unload(cond, model, x_in.device, timestep, patch) for cond in group] for group in conds
         ]
@@ -133,8 +133,7 @@ class ConceptReader:
             return cond
         model_conds = dict(cond["model_conds"])
         payload = model_conds.pop(KEY).cond
-        # ComfyUI copies uuids along with areas: a fresh one makes sure that no other chunk answers to it.
-        cond = {**cond, "model_conds": model_conds, "uuid": uuid.uuid4()}
+        cond = {**cond, "model_conds": model_conds}
         plain = model_conds["c_crossattn"].cond
         start = plain[:, : payload.plain.shape[1]]
         if not start.any():  # Conditioning Zero Out: no text at all is what was asked for
@@ -143,8 +142,11 @@ class ConceptReader:
         contexts = contexts_at(payload.staged, model.model_sampling, timestep)
         # All rows move at once: layers that share a row do not copy it again.
         contexts = tuple(TextContext(c.rows.to(device, model.get_dtype_inference()), c.key, c.value) for c in contexts)
-        patch.chunks[cond["uuid"]] = Chunk(contexts, plain.shape[1])
-        return cond
+        # ComfyUI copies uuids along with areas: one of its own makes sure that no other chunk answers to it. It stays
+        # the same from step to step, by which caches (EasyCache) know the cond again.
+        own = uuid.uuid5(cond["uuid"], str(len(patch.chunks)))
+        patch.chunks[own] = Chunk(contexts, plain.shape[1])
+        return {**cond, "uuid": own}
 
     def _check(self, payload: ConceptPayload, start: Tensor) -> None:
         """Raise ValueError unless the payload fits this U-Net and `start`, the plain context of now, is its own."""
@@ -196,14 +198,18 @@ class Chunk:
 class ContextPatch:
     """The attn2_patch of one call of the U-Net(s): gives every chunk of the batch the contexts of its own cond."""
 
-    def __init__(self, numbers: dict[Layer, int]) -> None:
-        self.numbers = numbers
+    def __init__(self, numbers: dict[Layer, int], batch: int) -> None:
+        """numbers: of the layers. batch: samples of each cond."""
+        self.numbers, self.batch = numbers, batch
         self.chunks: dict[uuid.UUID, Chunk] = {}
 
     def __call__(self, n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
         chunks = [self.chunks.get(identifier) for identifier in extra["uuids"]]
         if not any(chunks):
             return n, context, value
+        # A node that cuts the picture into tiles may run several at once, tile after tile with all conds in each; one
+        # that runs a part of the batch at a time repeats nothing.
+        chunks *= max(1, len(context) // (len(chunks) * self.batch))
         layer = self.numbers[layer_of_call(extra)]
         keys, values = [], []
         for chunk, key, val in zip(chunks, context.chunk(len(chunks)), value.chunk(len(chunks))):

@@ -18,9 +18,9 @@ OUTLINE, DIMMED = (0.9, 0.62, 0.0), 0.45  # orange; what lies outside of a subje
 
 
 def opaque(images: Tensor) -> Tensor:
-    """(B, H, W, 3) of pictures with or without an alpha channel; what is transparent becomes white."""
-    if images.shape[-1] == 3:
-        return images
+    """(B, H, W, 3) of pictures: grey ones in colour, those with an alpha channel with white where transparent."""
+    if images.shape[-1] in (1, 3):
+        return images.expand(*images.shape[:-1], 3)
     color, alpha = images[..., :3], images[..., 3:4]
     return color * alpha + (1 - alpha)
 

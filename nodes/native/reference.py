@@ -7,6 +7,7 @@ gives it the unconditional one anew for each context tried, and the others from 
 from __future__ import annotations
 
 import copy
+import inspect
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,14 +27,16 @@ from ...kernels.reference import NO_GRADIENT, GuidedNoise, ReferenceSettings, en
 from ...kernels.trajectory import Trajectory
 from .backbone import model_family
 from .gradients import attention_with_backward, differentiable_model, saved_for_backward
-from .guiders import UNCONDITIONAL
+from .guiders import UNCONDITIONAL, GCFGGuider
 from .inversion import PLAIN, abar_of, model_fingerprint, predictions
+from .layout_guidance import KEY as LAYOUT
+from .model_groups import with_wrappers
 from .payload import KEY as CONCEPTS
 
 KEY = "concept_atelier_reference"
 CONTEXT = "c_crossattn"
-# What guiders and ComfyUI add to a plain prompt.
-PREPARED = {"cross_attn", "model_conds", "uuid", "prompt_type", "additional_models"}
+# What guiders and ComfyUI add to a plain prompt; hooks are the LoRAs of its MODEL in a GCFG.
+PREPARED = {"cross_attn", "model_conds", "uuid", "prompt_type", "additional_models", "hooks"}
 
 NOT_PLAIN = (
     "The unconditional (negative) conditioning of the guider carries more than one plain prompt ({what}), which "
@@ -43,6 +46,14 @@ NOT_PLAIN = (
 STARTS_TOO_LATE = (
     "The sampling starts {left} steps before its end, and the guidance {first} (t_s): give the sampler the sigmas from "
     "there on or from before, or lower t_s."
+)
+LAYOUT_MOVES = (
+    "Layout Guidance still moves the latents at step {step}, where reference guidance starts: set its steps to {start} "
+    "or fewer, lower t_s, or connect the MODEL from before it."
+)
+MOMENTUM = (
+    "Reference guidance asks the guider several times a step, and APG with momentum counts each: set apg_momentum of "
+    "GCFG, or momentum of core's APG node, to 0."
 )
 
 
@@ -100,13 +111,23 @@ class ReferenceGuidance:
 
     def _check_sampling(self, guider: Any, x: Tensor, sigmas: Tensor) -> None:
         """Raise ValueError unless the guider's sampling can follow the trajectory."""
-        model_family(guider.model_patcher)
-        self.trajectory.check_model(model_fingerprint(guider.model_patcher))
+        gcfg, model = isinstance(guider, GCFGGuider), guider.model_patcher
+        model_family(model)
+        # The MODEL that a GCFG samples may lack the LoRAs of the one it was given.
+        self.trajectory.check_model(model_fingerprint(guider.source[UNCONDITIONAL].model if gcfg else model))
         abar = abar_of(sigmas)
         ending(self.trajectory, abar).check_sampling(abar, x.shape[1:])
         left, first = len(abar) - 1, self.trajectory.steps - self.settings.levels(self.trajectory.steps).start
         if left < first:
             raise ValueError(STARTS_TOO_LATE.format(left=left, first=first))
+        for wrapper in model.wrappers.get(WrappersMP.PREDICT_NOISE, {}).get(LAYOUT, ()):
+            if left - first < wrapper.__self__.settings.steps:
+                raise ValueError(LAYOUT_MOVES.format(step=left - first + 1, start=left - first))
+        # Core's APG keeps its numbers in a closure.
+        functions = filter(inspect.isfunction, model.model_options.get("sampler_pre_cfg_function", ()))
+        momenta = [inspect.getclosurevars(function).nonlocals.get("momentum") for function in functions]
+        if any(momenta) or (gcfg and guider.correction.projection.momentum):
+            raise ValueError(MOMENTUM)
 
     @staticmethod
     def _unconditional(guider: Any) -> str:
@@ -119,8 +140,11 @@ class ReferenceGuidance:
         more += sorted({key for cond in given for key in cond.keys() - PLAIN - PREPARED})
         if any(CONCEPTS in cond["model_conds"] for cond in given):
             more.append("concepts")
-        if not more and any("control" in cond for cond in guider.conds[role]):
+        varied = guider.own_conds(role) if isinstance(guider, GCFGGuider) else guider.conds[role]
+        if not more and any("control" in cond for cond in varied):
             more.append("control")
+        if not more and len({cond.get("hooks") for cond in varied}) > 1:
+            more.append("the hooks of an area")  # weights would be exchanged inside of what has a gradient
         if more:
             raise ValueError(NOT_PLAIN.format(what=", ".join(more)))
         return role
@@ -145,17 +169,29 @@ class ReferenceGuidance:
             if extra_args["denoise_mask"] is not None:
                 extra_args["denoise_mask"] = extra_args["denoise_mask"].clone()
             options = extra_args["model_options"]
+            groups = guider.groups if isinstance(guider, GCFGGuider) else []
+            clones = [group.options for group in groups]
+            for group in groups:
+                group.deltas = {
+                    name: {key: dW.clone() for key, dW in own.items()} for name, own in group.deltas.items()
+                }
+            hooked = any("hooks" in cond for conds in guider.conds.values() for cond in conds or ())
             phi = guider.conds[role][0]["model_conds"][CONTEXT].cond[:1].to(x.device, torch.float32, copy=True)
 
             def predict(x: Tensor, i: int) -> GuidedNoise:
                 prompts = StepPrompts(guider.conds[role], whole.model)
                 given = {**extra_args, "model_options": prompts.around(options)}
+                for group, own in zip(groups, clones):
+                    group.options = {clone: prompts.around(its) for clone, its in own.items()}
                 noise = predictions(lambda x, sigma: model(x, sigma, **given), levels)
 
                 def guided(phi: Tensor) -> Tensor:
                     prompts.begin(phi)
                     return noise(x, i - offset)
 
+                if hooked:  # Hooks exchange weights, which must not happen between a prediction and its gradient.
+                    with torch.no_grad():
+                        guided(phi)  # from here on all but the unconditional comes from memory
                 return guided
 
             def tell(i: int, x_0: Tensor) -> None:
@@ -173,6 +209,8 @@ class ReferenceGuidance:
                 HALF_PRECISION_SCALE if half else 1.0,
                 tell,
             )
+            for group, own in zip(groups, clones):
+                group.options = own
             stop = start + len(followed.after)
             before, after = (sum(values) / len(values) for values in (followed.before, followed.after))
             self.report(
@@ -206,11 +244,7 @@ class StepPrompts:
 
     def around(self, options: dict) -> dict:
         """A copy of model_options with this as the outermost wrapper: payloads of concepts are taken out inside."""
-        transformer = options["transformer_options"]
-        wrappers = transformer.get("wrappers", {})
-        first = {KEY: [self], **wrappers.get(WrappersMP.CALC_COND_BATCH, {})}
-        wrappers = {**wrappers, WrappersMP.CALC_COND_BATCH: first}
-        return {**options, "transformer_options": {**transformer, "wrappers": wrappers}}
+        return with_wrappers(options, WrappersMP.CALC_COND_BATCH, {KEY: [self]})
 
     def begin(self, phi: Tensor) -> None:
         """From here on the unconditional prompt is phi (1 or B, T, d), and the guider asks from the beginning again."""

@@ -21,15 +21,24 @@ from torch import Tensor, nn
 
 from ...kernels.backbone import Layer
 from ...kernels.heatmaps import map_shape
-from ...kernels.inversion import reconstruct, stage_starts
+from ...kernels.inversion import reconstruct
 from ...kernels.replacement import MAPS_DTYPE, Columns, match_columns
 from ...kernels.trajectory import Trajectory
 from .attention_maps import fold
 from .backbone import cross_attention_layers
 from .fixed_attention import Maps, seen_in, with_fixed_columns
-from .inversion import InversionGuider, check_invertible, model_fingerprint, predictions
+from .inversion import (
+    NULL_TEXT,
+    InversionGuider,
+    check_invertible,
+    model_fingerprint,
+    predictions,
+    trajectory_fingerprint,
+)
 from .patches import check_watched
-from .payload import KEY, WORDS, Conditioning, route_concepts
+from .payload import WORDS, Conditioning, route_concepts
+
+LIMITED = {"area", "start_percent", "end_percent"}  # the marks of a conditioning that does not always count
 
 
 class Replacement(NamedTuple):
@@ -67,7 +76,7 @@ def replace_subject(
         )
     trajectory.check_model(model_fingerprint(model))
     sigmas = (1 / trajectory.abar - 1).sqrt().float()
-    _check_null_text(model, negative, sigmas, cfg)
+    _check_null_text(negative, trajectory, cfg)
     words = {fold(word) for word in subject.replace(",", " ").split()}
     columns = match_columns(labels(source, "source"), labels(target, "target"), words)
     size = maps_bytes(model, trajectory.latents.shape[-2:], (tokens := source[0][0].shape[1]))
@@ -86,35 +95,32 @@ def replace_subject(
     return Replacement(latent.to(comfy.model_management.intermediate_device()), columns, tokens, size)
 
 
-def _check_null_text(model: ModelPatcher, negative: Conditioning, sigmas: Tensor, cfg: float) -> None:
+def _check_null_text(negative: Conditioning, trajectory: Trajectory, cfg: float) -> None:
     """Raise ValueError where an unconditional prompt of 'Null-Text Optimize' is for another sampling than this."""
-    for _, values in negative:
-        carried = values.get("model_conds", {}).get(KEY)
-        if carried is None or carried.cond.staged.positions:  # a negative prompt, with concepts perhaps
-            continue
-        if cfg == 1:
+    for made_for in (values[NULL_TEXT] for _, values in negative if NULL_TEXT in values):
+        if made_for.trajectory != trajectory_fingerprint(trajectory):
             raise ValueError(
-                "At cfg 1 the unconditional prompt of 'Null-Text Optimize' has no part in the picture: set cfg to the "
-                "value it was optimised for."
+                "The negative conditioning was optimised along another trajectory (of another picture, or inverted in "
+                "another way): connect this trajectory to 'Null-Text Optimize' as well."
             )
-        starts = carried.cond.staged.starts
-        if starts != stage_starts(model.get_model_object("model_sampling").timestep(sigmas[:-1]).tolist()):
+        if made_for.cfg != cfg:
             raise ValueError(
-                f"The negative conditioning was optimised along a trajectory of {len(starts)} steps, and this one has "
-                f"{len(sigmas) - 1} steps or other noise levels: connect the trajectory of this picture to 'Null-Text "
-                "Optimize' as well."
+                f"The negative conditioning was optimised for cfg {made_for.cfg:g}, and cfg is {cfg:g} here: set both "
+                "nodes to the same."
             )
 
 
 def labels(conditioning: Conditioning, name: str) -> list[str]:
     """For each token of a prompt its word, for the rows of a concept its <name>; "" for all others.
 
-    Raises ValueError for conditioning that does not know its words, or is more than one prompt for the whole picture.
+    Raises ValueError for conditioning that does not know its words, or is not one prompt for the whole picture and all
+    steps.
     """
-    if len(conditioning) != 1 or "area" in conditioning[0][1]:
+    if len(conditioning) != 1 or LIMITED & conditioning[0][1].keys():
         raise ValueError(
-            f"The {name} conditioning is more than one prompt for the whole picture (combined, or limited to an "
-            "area), and its tokens cannot be matched: connect it from 'Text Encode with Concepts'."
+            f"The {name} conditioning is not one prompt for the whole picture and all steps (combined, or limited to "
+            "an area or a range of steps), and its tokens cannot be matched: connect it from 'Text Encode with "
+            "Concepts'."
         )
     [[context, values]] = conditioning
     if WORDS not in values:
@@ -222,7 +228,7 @@ class _ReplacementSampler(comfy.samplers.Sampler):
             if self.stored is not None and i in self.stored:
                 return self.stored[i]
             maps: dict[Layer, Tensor] = {}
-            watched = with_attention(seen_in(options["transformer_options"], maps, home))
+            watched = with_attention(seen_in(options["transformer_options"], maps, home, path[i]))
             predictions(
                 lambda x, sigma: comfy.samplers.calc_cond_batch(base, [conds["source"]], x, sigma, watched)[0], sigmas
             )(path[i].to(noise), i)

@@ -67,6 +67,10 @@ def test_stop_and_keep_ends_the_training_and_goes_on(page):
     for _ in range(list(types_of(page.prompt()).values()).count("AtelierTrain")):
         button = page.page.locator(f"{PANEL} button:enabled")
         button.wait_for(state="attached", timeout=300_000)  # what is out of view is hidden
+        assert page.page.locator(f"{PANEL} button", has_text="Stopping").count() == 0  # of a node that is done
+        page.page.route("**/concept-atelier/stop", lambda route: route.abort(), times=1)
+        button.dispatch_event("click")  # which ComfyUI does not hear of
+        button.wait_for(state="attached", timeout=60_000)
         button.dispatch_event("click")
         page.page.locator(f"{PANEL} button:enabled").wait_for(state="detached", timeout=60_000)
     assert page.wait_for_end(900) == "success"

@@ -95,6 +95,20 @@ def test_a_known_similarity_is_recovered(seed):
     assert cost(found) <= cost(start)
 
 
+def test_large_masks_are_compared_by_eq_9_at_fewer_pixels():
+    """The cost is that of all pixels up to rounding, and the fit leads to the same place."""
+    grown = Similarity(number(11), number(0), torch.zeros(2).double())
+    truth = Similarity.between(CENTRE, CENTRE + 5, number(1.1), number(0.3))
+    reference, goal = blob(3), blob(3, truth)
+    large = [warp_mask(mask, grown, (1050, 1061)) for mask in (reference, goal)]
+    for own, factor in ((reference, 11), (large[0], 1)):
+        transform = Similarity.between(CENTRE * 11 / factor, CENTRE * 11 + 30, number(0.9 * factor), number(0.2))
+        every = (warp_mask(own.double(), transform, large[1].shape) - large[1]).abs().sum().item()
+        assert mask_l1(own, large[1])(transform).item() == pytest.approx(every, rel=2e-3)
+    found = fit_masks(reference, large[1], "mask L1 (Eq. 9)", 60)
+    assert misplaced(found, lambda points: grown(truth(points)), reference) < 0.8 * 11
+
+
 @pytest.mark.parametrize("shift", [(9.0, -4.0), (-3.5, 6.25)])
 def test_a_pure_translation_is_recovered(shift):
     truth = Similarity(number(1), number(0), torch.tensor(shift, dtype=torch.float64))

@@ -105,11 +105,30 @@ def test_stop_and_keep_ends_well_and_is_kept(backbone, tmp_path):
     assert more.steps == [3, 4, 5]
 
 
+def test_a_run_kept_short_goes_on_to_fewer_steps_than_it_was_to_have(backbone, tmp_path):
+    a_run(10).learn(backbone, tmp_path, Recorder(stop_at=2))
+    fewer = Recorder()
+    a_run(4).learn(backbone, tmp_path, fewer)
+    assert fewer.steps == [3, 4]
+
+
 def test_starting_fresh_forgets(backbone, tmp_path):
     a_run().learn(backbone, tmp_path, Recorder())
     report = Recorder()
     a_run().learn(backbone, tmp_path, report, start_fresh=True)
     assert report.steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damaged", ["state", "samples"])
+def test_a_damaged_file_of_a_run_is_named_and_forgotten_by_starting_fresh(backbone, tmp_path, damaged):
+    a_run().learn(backbone, tmp_path, Recorder())
+    (file,) = tmp_path.rglob(f"{damaged}.safetensors")
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{damaged}\.safetensors is damaged .*: turn start_fresh on, or delete"):
+        a_run().learn(backbone, tmp_path, Recorder())
+    report = Recorder()
+    a_run().learn(backbone, tmp_path, report, start_fresh=True)
+    assert report.steps == [1, 2, 3, 4] and len(report.grids) == 3
 
 
 @pytest.mark.parametrize(
@@ -202,14 +221,6 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(backbone, tmp_
     assert report.steps == []
 
 
-def test_a_damaged_state_is_named(backbone, tmp_path):
-    a_run().learn(backbone, tmp_path, Recorder())
-    (state,) = tmp_path.rglob("state.safetensors")
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"state\.safetensors is damaged"):
-        a_run().learn(backbone, tmp_path, Recorder())
-
-
 def test_a_concept_survives_its_file(backbone, tmp_path):
     concept, _, _ = a_run(2).learn(backbone, tmp_path, Recorder())
     save_concept(tmp_path / "act.safetensors", concept, {"workflow": "{}"})
@@ -221,7 +232,7 @@ def test_a_concept_survives_its_file(backbone, tmp_path):
         "toy",
         backbone.layers,
     )
-    assert loaded.metadata["init_word"] == "poses" and loaded.metadata["workflow"] == "{}"
+    assert loaded.metadata == concept.metadata
 
 
 def test_a_concept_is_refused_where_it_does_not_fit(backbone, tmp_path):

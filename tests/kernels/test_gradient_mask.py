@@ -16,6 +16,7 @@ from concept_atelier.kernels.gradient_mask import (
     merge_masks,
     overlap,
 )
+from concept_atelier.kernels.gradient_rules import MaskedTriples
 
 LAYERS, D = 5, 64
 
@@ -136,6 +137,14 @@ def test_the_shuffled_control_does_not_see_what_gradients_have_in_common():
     assert independent_overlap(anchor, context.gather(-1, permutation), action, 0.6, rng(8)) == pytest.approx(
         expected, abs=0.01
     )
+
+
+def test_figures_are_of_the_slots_that_a_step_reads():
+    read = torch.randn(3, 2, 1, 1, D, generator=rng())
+    gradients = torch.zeros(3, 2, 5, 1, D)
+    gradients[:, 0, 1], gradients[:, 1, 3] = read[:, 0, 0], read[:, 1, 0]  # of two anchors, each at its own stage
+    rule = MaskedTriples(GradientMask())
+    assert rule.combine(gradients, rng()).stats == rule.combine(read, rng()).stats
 
 
 @pytest.mark.parametrize("wrong", [{"beta": 1.2}, {"merge": "both"}, {"strategy": "best"}, {"target": "loss"}])

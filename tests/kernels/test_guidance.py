@@ -11,7 +11,6 @@ from concept_atelier.kernels.guidance import (
     GuidanceWeight,
     check_weights,
     combine,
-    mean_condition,
     rescale,
     unconditional_coefficient,
 )
@@ -75,14 +74,6 @@ def test_half_precision_is_combined_in_fp32() -> None:
     exact = combine([e.double().float() for e in eps], w, eps_0.double().float())
     assert torch.equal(combined, exact)
     assert not torch.equal((eps_0 + 30 * (eps[0] - eps_0) - 29.5 * (eps[1] - eps_0)).float(), exact)
-
-
-def test_mean_condition_is_what_plain_cfg_would_need() -> None:
-    eps_0, a, b = draw(3)
-    w = [3.0, 2.0]
-    combined = combine([a, b], w, eps_0)
-    assert close(mean_condition(combined, eps_0, w), (3 * a + 2 * b) / 5)
-    assert torch.equal(mean_condition(combined, eps_0, [1.0, -1.0]), combined)
 
 
 def velocity(clean: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
@@ -156,6 +147,14 @@ def test_apg_leaves_small_guidance_alone() -> None:
     combined = combine([D], [0.8], D_0)
     assert AdaptiveProjection(0.0, 1.0, -0.5).guide(combined, D_0, [0.8]) is combined
     assert AdaptiveProjection().guide(combined, D_0, [8.0]) is combined
+
+
+def test_apg_needs_no_unconditional_where_only_rounding_keeps_the_weights_from_one() -> None:
+    positive, negative = draw(2)
+    w = [8.3, -7.3]
+    assert math.fsum(w) > 1
+    combined = combine([positive, negative], w, None)
+    assert AdaptiveProjection(0.0, 1.0).guide(combined, None, w) is combined
 
 
 def test_weight_over_the_sampling() -> None:

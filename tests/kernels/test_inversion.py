@@ -142,6 +142,15 @@ def test_iterations_that_lead_away_are_dropped(x_0):
     assert torch.equal(invert(steep, abar, x_0, iterations=8), invert(steep, abar, x_0, iterations=0))
 
 
+def test_each_picture_of_a_batch_ends_by_itself(x_0):
+    """A prediction so steep for the second picture that its iteration diverges, and tame for the first."""
+    abar = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64)
+    steepness = torch.tensor([-0.3, -3.0]).view(2, 1, 1, 1)
+    tame, steep = (invert(lambda x, i, s=s: s * x, abar, x[None], iterations=20) for s, x in zip(steepness, x_0))
+    assert torch.equal(invert(lambda x, i: steepness * x, abar, x_0, iterations=20), torch.cat([tame, steep], dim=1))
+    assert error(reconstruct(lambda x, i: steepness[0] * x, abar, tame[0]), x_0[:1]) < 1e-3
+
+
 def test_the_round_trip_of_a_picture_through_a_backbone(backbone, plain, picture):
     timesteps = [981 - 98 * i for i in range(11)]
     predict = predict_along(backbone, steady(plain(CAPTION)), timesteps)
@@ -173,6 +182,7 @@ def test_psnr_of_a_known_error():
     b = torch.stack([torch.full((1, 4, 4), 0.1), torch.full((1, 4, 4), 0.01)])
     assert psnr(a, b, 1.0) == pytest.approx([20, 40])
     assert psnr(a, b, 10.0) == pytest.approx([40, 60])
+    assert psnr(a, b, torch.tensor([1.0, 10.0])) == pytest.approx([20, 60])
 
 
 # Trajectories

@@ -6,7 +6,7 @@ import copy
 import io
 import tarfile
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +159,22 @@ def test_accumulation_gives_the_same_weights(latents, tmp_path):
     assert apart < 0.01 * moved
 
 
+def test_a_run_goes_on_with_another_accumulation(latents, tmp_path):
+    """Up to the order of sums, as above; in parts of two pictures instead of four where memory is short."""
+    whole = learn(latents, tmp_path / "whole")[1]
+    learn(latents, tmp_path / "parts", steps=2)
+    report = Quiet()
+    parts = learn(latents, tmp_path / "parts", report, accumulation=2)[1]
+    assert report.steps == [3, 4] and parts.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+def test_samples_of_the_largest_seed_are_painted(latents, tmp_path):
+    """Each has its own seed, and after the largest comes 0 again."""
+    paint = partial(learn, latents, tmp_path, steps=1)
+    last, first = (paint(samples=DomainSamples(2, seed=seed, steps=1, size=SIZE))[2] for seed in (2**64 - 1, 0))
+    assert torch.equal(last[1], first[0]) and not torch.equal(last[0], last[1])
+
+
 def test_gradients_are_clipped(latents, tmp_path):
     backbone, _ = operated()
     weights = dict(backbone.unet.named_parameters())
@@ -216,6 +232,26 @@ def test_stopped_is_kept_and_start_fresh_forgets_it(latents, tmp_path, monkeypat
         patch.setattr("concept_atelier.kernels.nulltext_run.train_null_text", None)
         assert learn(latents, tmp_path)[1].step == 1
     assert learn(latents, tmp_path, start_fresh=True)[1].step == 4
+
+
+def test_kept_short_it_goes_on_to_fewer_steps_than_it_was_to_have(latents, tmp_path):
+    learn(latents, tmp_path, Quiet(stop_after=1))
+    report = Quiet()
+    learn(latents, tmp_path, report, steps=2)
+    assert report.steps == [2]
+
+
+@pytest.mark.parametrize("damaged", ["state", "samples"])
+def test_a_damaged_file_of_a_run_is_named_and_forgotten_by_starting_fresh(latents, tmp_path, damaged):
+    samples = DomainSamples(1, every=0, steps=2, size=SIZE)
+    learn(latents, tmp_path, samples=samples)
+    (file,) = tmp_path.rglob(f"{damaged}.safetensors")
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{damaged}\.safetensors is damaged .*: turn start_fresh on, or delete"):
+        learn(latents, tmp_path, samples=samples)
+    report = Quiet()
+    learn(latents, tmp_path, report, samples, start_fresh=True)
+    assert report.steps == [1, 2, 3, 4] and len(report.grids) == 1
 
 
 def test_fewer_steps_than_a_run_has_are_refused(latents, tmp_path):
@@ -278,10 +314,11 @@ def test_out_of_disk_keeps_the_state(latents, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_named_and_nothing_is_lost(latents, tmp_path):
-    with pytest.raises(ValueError, match="not finite at step 2; the weights of step 1 are kept"):
+    with pytest.raises(ValueError, match="not finite at step 2; the weights of step 1 are kept: set steps to 1 to get"):
         learn(latents, tmp_path, learning_rate=1e30)
     [state] = tmp_path.rglob("state.safetensors")
     assert len(files.read_safetensors(state)[0]["losses"]) == 1
+    assert learn(latents, tmp_path, learning_rate=1e30, steps=1)[1].step == 1  # as the message says
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(latents, tmp_path):
@@ -401,3 +438,12 @@ def test_encoding_is_resumed_after_an_interruption(tmp_path):
         cache_latents(pictures, encode, tmp_path, cancel)
     cache_latents(pictures, encode, tmp_path)
     assert len(encoded) == 3 and len(cached(pictures, tmp_path)) == 3
+
+
+def test_damaged_latents_are_named(tmp_path):
+    pictures = tensor_pictures(torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(0)))
+    cache_latents(pictures, fake_encode, tmp_path)
+    latents = cached(pictures, tmp_path)
+    latents.files[0].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is damaged .*: delete it, and it will be encoded again"):
+        latents.read(0, False)

@@ -1,8 +1,12 @@
 """When a run's state is written, and when that is left out."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from concept_atelier.kernels import state_file
+from concept_atelier.kernels.files import write_safetensors
 from concept_atelier.kernels.run_state import RunState
 from concept_atelier.kernels.state_file import StateFile
 
@@ -68,6 +72,15 @@ def test_what_the_file_holds_is_not_saved_again(clock, tmp_path):
     loaded.stopped_short_of = 0
     again.save(loaded)
     assert clock.saves[2:] == [(100, 0)]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size))
+    monkeypatch.setattr(Path, "replace", lambda partial, path: done.append((partial.stat().st_size, path.name)))
+    write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(3)}, {})
+    size = (tmp_path / "a.safetensors.partial").stat().st_size
+    assert size > 12 and done == [size, (size, "a.safetensors")]
 
 
 def test_only_one_worker_writes(tmp_path):

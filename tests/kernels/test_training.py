@@ -1,4 +1,4 @@
-"""The training loop on a small random model: METHODS.md 1.11, properties 1, 2, 6-9, 11, and section 8."""
+"""The training loop on a small random model: METHODS.md 1.11, properties 1, 2, 5-9, 11, and section 8."""
 
 import hashlib
 import itertools
@@ -90,6 +90,22 @@ def test_masking_the_update_freezes_closed_channels_where_momentum_would_move_th
         run(backbone, data, Watched(GradientMask(target=target)), state=state, steps=4)
         moved[target] = (state.vectors["l"] - before)[closed["now"]].abs().max().item()
     assert moved["update"] == 0 < moved["gradient"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_picture_of_the_anchors_own_action_differs_from_it_in_nothing(backbone, masked):
+    mask = torch.zeros(64, 64)
+    mask[16:48, 8:40] = 1
+    exemplars = [Exemplar(p, "a man {} on grass", mask if masked else None, (p,)) for p in pictures(2, 0)]
+    encoded = encode_exemplars(backbone, exemplars, NAME)
+    roles = MaskedTriples(GradientMask()).pictures(encoded, 0, torch.Generator().manual_seed(0))
+    masks = roles.masks[:, None] if masked else None
+    layout, t = Layout("block").bind(backbone.layers), torch.full((3, 1), 500)
+    vectors, eps = start(backbone, layout).vectors, noise(backbone, 1, 1).expand(3, -1, -1, -1, -1)
+    latents = roles.latents[:, None]
+    _, g = concept_gradients(backbone, NAME, [PROMPT], vectors, layout, latents, t, eps, masks)
+    d_context, d_action = ((g["l"][0] - g["l"][role]).norm() for role in (1, 2))
+    assert d_action < 1e-4 * g["l"][0].norm() < d_context
 
 
 def test_equal_vectors_in_every_slot_are_one_token(backbone):

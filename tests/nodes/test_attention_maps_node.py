@@ -2,15 +2,20 @@
 
 import pytest
 import torch
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sag import SelfAttentionGuidance
 from concept_atelier.kernels.concept import Concept
 from concept_atelier.kernels.heatmaps import colour
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
 from concept_atelier.nodes.attention import LAYER_GROUPS, AtelierAttentionMaps
+from concept_atelier.nodes.guidance import AtelierGCFG
 from concept_atelier.nodes.native.attention_maps import AttentionRecorder, Place, find_words
 from concept_atelier.nodes.native.backbone import cross_attention_layers
 from concept_atelier.nodes.native.payload import WORDS
 from concept_atelier.nodes.native.text import describe_clip
+from guiding import OFF, branch
+from patched_models import in_halves
 
 import nodes as comfy_nodes
 
@@ -37,18 +42,18 @@ def scene(tiny):
         return AtelierApplyConcepts.execute(model)[0], positive, negative, vae
 
 
-def latent(batch=1):
-    return {"samples": torch.zeros(batch, 4, 8, 12)}
+def latent(batch=1, size=(8, 12)):
+    return {"samples": torch.zeros(batch, 4, *size)}
 
 
 SETTINGS = {"seed": 3, "steps": STEPS, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 
 
-def look(scene, words, layers="all", steps=(0, 10000), average=True, batch=1, vae=None, **changed):
+def look(scene, words, layers="all", steps=(0, 10000), average=True, batch=1, vae=None, size=(8, 12), **changed):
     model, positive, negative, _ = scene
     maps = AtelierAttentionMaps.execute
     more = {"opacity": 0.6, "vae": vae, **SETTINGS, **changed}
-    return maps(model, positive, negative, latent(batch), words, layers, *steps, average, **more)
+    return maps(model, positive, negative, latent(batch, size), words, layers, *steps, average, **more)
 
 
 def ksample(scene, model=None, **changed):
@@ -184,7 +189,7 @@ def test_steps_out_of_range_are_refused_before_sampling(scene):
 
 def test_areas_are_refused(scene):
     area = comfy_nodes.ConditioningSetAreaPercentage().append(scene[1], 0.5, 0.5, 0.0, 0.0, 1.0)[0]
-    with pytest.raises(ValueError, match="limited to an area"):
+    with pytest.raises(ValueError, match=r"limited to an area.*with set_cond_area 'default'"):
         look((scene[0], area, *scene[2:]), "grass")
 
 
@@ -208,3 +213,42 @@ def test_other_attention_overrides_stay_in_effect(scene):
     model.model_options["transformer_options"]["optimized_attention_override"] = counted
     look((model, *scene[1:]), "grass", steps=(0, 0))
     assert len(calls) == 2 * 16 * STEPS  # self- and cross-attention of every layer
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_tiles_are_refused(scene, together):
+    with pytest.raises(ValueError, match="cuts the picture into tiles"):
+        look((in_halves(scene[0], together), *scene[1:]), "grass")
+
+
+@pytest.fixture(scope="module")
+def same_words(scene, tiny):
+    """The scene with a negative prompt that knows its words, and says the positive's."""
+    with torch.inference_mode():
+        return scene[0], scene[1], AtelierTextEncode.execute(tiny("sd1").clip, "dead grass", {})[0], None
+
+
+def guided_by(guidance, scene, tiny):
+    """MODEL with another guidance than plain cfg, at whose first step the latents are still the same."""
+    if guidance == "SAG":
+        return SelfAttentionGuidance.execute(scene[0], 0.5, 2.0)[0]
+    if guidance == "PAG":
+        return PerturbedAttentionGuidance.execute(scene[0], 3.0)[0]
+    other = AtelierTextEncode.execute(tiny("sd1").clip, "green grass", {})[0]
+    return AtelierGCFG.execute(scene[0], {"branch0": branch(scene[0], other, float(guidance))}, **OFF)[0]
+
+
+@pytest.mark.parametrize("guidance", ["SAG", "PAG", "2.0", "-4.0"])
+def test_under_other_guidances_the_maps_are_those_of_the_positive(same_words, tiny, guidance):
+    """At cfg 5, a branch of GCFG with weight -4 takes the unconditional out of the call."""
+    plain, guided = (
+        look((model, *same_words[1:]), "grass", steps=(0, 0), size=(16, 16)).args[1]
+        for model in (same_words[0], guided_by(guidance, same_words, tiny))
+    )
+    assert torch.allclose(guided, plain, atol=1e-4)
+
+
+def test_where_the_positive_does_not_count_gcfg_shows_no_map(same_words, tiny):
+    early = comfy_nodes.ConditioningSetTimestepRange().set_range(same_words[1], 0.0, 0.2)[0]
+    model = guided_by("2.0", same_words, tiny)
+    assert len(look((model, early, *same_words[2:]), "grass", average=False).args[1]) == 1

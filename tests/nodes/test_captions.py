@@ -113,7 +113,8 @@ def pictures():
 
 
 def pick(pictures, index=0, **more):
-    output = AtelierPickReference.execute(pictures, "index", "", index, **more)
+    inputs = {"by": "index", "dino": "", "index": index, **more}
+    output = AtelierPickReference.execute([pictures], **{name: [given] for name, given in inputs.items()})
     return output.args[3], output.ui.value
 
 
@@ -193,7 +194,7 @@ def test_folders_of_another_pack_are_offered_whatever_files_it_looks_for(blip2, 
 
 def refused(name, pattern):
     """Before the node runs and when it does, with the same sentence."""
-    message = AtelierPickReference.validate_inputs("index", "", name)
+    message = AtelierPickReference.validate_inputs(["index"], [""], [name])
     assert isinstance(message, str) and "\n" not in message
     with pytest.raises(ValueError, match=pattern) as raised:
         captions.load_captioner(name)
@@ -201,9 +202,9 @@ def refused(name, pattern):
 
 
 def test_what_is_missing_in_a_folder_is_named_before_the_node_runs(blip2):
-    assert AtelierPickReference.validate_inputs("index", "") is True
-    assert AtelierPickReference.validate_inputs("index", "", "opt") is True
-    assert AtelierPickReference.validate_inputs("index", "", None) is True
+    assert AtelierPickReference.validate_inputs(["index"], [""]) is True
+    assert AtelierPickReference.validate_inputs(["index"], [""], ["opt"]) is True
+    assert AtelierPickReference.validate_inputs(["index"], [""], (None,)) is True
     refused("gone", r"no folder gone .*Salesforce/blip2-opt-2\.7b into .*blip2/blip2-opt-2\.7b and press R")
     (blip2.parent / "config.json").write_text('{"model_type": "blip-2"}')
     refused("..", r"no folder \.\. ")
@@ -222,6 +223,17 @@ def test_what_is_missing_in_a_folder_is_named_before_the_node_runs(blip2):
     for damaged in ("{", "[1]", "{}"):
         (blip2 / "t5" / "config.json").write_text(damaged)
         refused("t5", r"blip2/t5 holds no BLIP-2 model, or its config\.json is damaged")
+
+
+def test_a_replaced_file_of_the_caption_model_counts_as_a_change(blip2):
+    def fingerprint(name):
+        return AtelierPickReference.fingerprint_inputs(["index"], [""], [name], pictures=(None,))
+
+    before = [fingerprint(name) for name in ("opt", "t5", "none", None)]
+    assert before[0] and before[2] == before[3] == []
+    (blip2 / "opt" / "model.safetensors").write_bytes(b"another")
+    assert fingerprint("opt") != before[0]
+    assert [fingerprint(name) for name in ("t5", "none", None)] == before[1:]
 
 
 def test_damaged_files_are_named_with_their_folder(blip2):
@@ -278,7 +290,7 @@ def test_nothing_is_imported_without_a_caption(blip2, pictures, monkeypatch):
     watched = Watched()
     monkeypatch.setitem(sys.modules, "transformers", watched)
     AtelierPickReference.define_schema()
-    AtelierPickReference.validate_inputs("index", "", "opt")
+    AtelierPickReference.validate_inputs(["index"], [""], ["opt"])
     pick(pictures, caption_model="none")
     assert not watched.asked
     pick(pictures, caption_model="opt")

@@ -15,7 +15,7 @@ import torch
 from comfy_extras import nodes_custom_sampler as custom
 from comparing import relative
 from concept_atelier.kernels.layouts import Layout
-from patched_models import KEYS_AND_VALUES, with_lora
+from patched_models import KEYS_AND_VALUES, in_halves, with_lora
 from prompting import CFG, SEED, STEPS, encode, ksampler, make_concept, route, stock_encode
 
 import nodes as comfy_nodes
@@ -171,6 +171,27 @@ def test_batch_of_latents(sd1):
     compare(sd1, sampler=lambda model, *prompts: ksampler(model, *prompts, latent={"samples": torch.zeros(2, 4, 8, 8)}))
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_tiles_of_a_batch(sd1, together):
+    latent = {"samples": torch.zeros(2, 4, 8, 16)}
+    compare(sd1, sampler=lambda model, *prompts: ksampler(in_halves(model, together), *prompts, latent=latent))
+
+
+def test_a_batch_sample_by_sample(sd1):
+    def one_by_one(apply_model, given):
+        x, t, c = given["input"], given["timestep"], given["c"]
+        # Both prompts of one sample at a time.
+        parts = [apply_model(x[i::2], t[i::2], **c | {"c_crossattn": c["c_crossattn"][i::2]}) for i in range(2)]
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    def sampler(model, *prompts):
+        model = model.clone()
+        model.set_model_unet_function_wrapper(one_by_one)
+        return ksampler(model, *prompts, latent={"samples": torch.zeros(2, 4, 8, 8)})
+
+    compare(sd1, sampler=sampler)
+
+
 def test_negative_of_another_length(sd1):
     long = stock_encode(sd1.tiny.clip, "blurry, " * 60)
     assert long[0][0].shape[1] == 154
@@ -209,6 +230,14 @@ def test_area_does_not_leak_into_the_negative(sd1):
         return set_area(positive, 0.5, 1.0, 0.0, 0.0, 1.0)[0] + set_area(other, 0.5, 1.0, 0.5, 0.0, 1.0)[0], negative
 
     compare(sd1, halves)
+
+
+def test_area_of_the_negative_does_not_reach_a_silenced_positive(sd1):
+    def silenced(positive, negative):
+        area = comfy_nodes.ConditioningSetAreaPercentage().append(positive, 0.5, 1.0, 0.0, 0.0, 1.0)[0]
+        return comfy_nodes.ConditioningZeroOut().zero_out(positive)[0], area + negative
+
+    compare(sd1, silenced)
 
 
 def test_mask(sd1):

@@ -128,7 +128,9 @@ def test_the_workflow_travels_in_the_file(tiny, output, monkeypatch):
 
     monkeypatch.setattr(args, "disable_metadata", True)
     save(make_concept(tiny("sd1"), Layout()), "private")
-    assert not {"prompt", "workflow"} & header(output / FOLDER / "private.safetensors").keys()
+    save(load("salute.safetensors"), "loaded")
+    for name in ("private", "loaded"):
+        assert not {"prompt", "workflow"} & header(output / FOLDER / f"{name}.safetensors").keys()
 
 
 @pytest.mark.parametrize("file_name", ["../salute", "/etc/salute", "people/../../salute", "sal ute", "a//b"])

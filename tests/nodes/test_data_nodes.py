@@ -1,5 +1,7 @@
 """Exemplars, triples, token layouts and gradient rules: what goes in, what comes out, and every refusal."""
 
+import shutil
+
 import comfy.model_management
 import comfy.utils
 import folder_paths
@@ -45,9 +47,10 @@ def exemplars(images, captions=(CAPTION,), size=0, masks=None):
 
 
 @pytest.fixture(autouse=True)
-def temp_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
-    return tmp_path
+def output_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    return tmp_path / "output"
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,10 @@ class TestExemplars:
         assert torch.equal(solid[:, :8], image[:, :8, :, :3]) and (solid[:, 8:] == 1).all()
         made, _ = exemplars([image])
         assert torch.equal(made[0].image, solid[0])
+
+    def test_grey_pictures_become_coloured(self):
+        image = pictures(1, channels=1)
+        assert torch.equal(opaque(image), image.repeat(1, 1, 1, 3))
 
     def test_a_mask_is_cut_like_its_picture(self):
         wide, mask = torch.zeros(1, 64, 128, 3), torch.zeros(1, 64, 128)
@@ -222,11 +229,11 @@ class TestPaintedTriples:
         assert torch.is_inference_mode_enabled()
 
     @torch.inference_mode()
-    def test_the_seed_decides(self, toy, temp_folder):
+    def test_the_seed_decides(self, toy, output_folder):
         made, _ = exemplars([pictures(2)])
 
         def painted(seed: int) -> torch.Tensor:
-            for file in temp_folder.rglob("*.safetensors"):
+            for file in output_folder.rglob("*.safetensors"):
                 file.unlink()
             triples, _ = run_triples(made, **{**QUICK, "seed": seed}, **toy._asdict()).args
             return torch.stack([p for e in triples for p in e.other_actions])
@@ -234,6 +241,21 @@ class TestPaintedTriples:
         first = painted(1)
         assert torch.equal(painted(1), first)
         assert not torch.equal(painted(2), first)
+
+    @torch.inference_mode()
+    def test_they_outlive_comfyui_and_its_temp_folder(self, toy, output_folder, monkeypatch):
+        made, _ = exemplars([pictures(2)])
+        first, _ = run_triples(made, **QUICK, **toy._asdict()).args
+        shutil.rmtree(folder_paths.get_temp_directory(), ignore_errors=True)
+        monkeypatch.setattr(context_pictures, "paint_other_actions", None)  # painting again would fail
+        again, _ = run_triples(made, **QUICK, **toy._asdict()).args
+        for before, after in zip(first, again):
+            assert all(map(torch.equal, before.other_actions, after.other_actions))
+
+        file = next(output_folder.glob("concept_atelier_runs/triples/*.safetensors"))
+        file.write_bytes(b"")
+        with pytest.raises(ValueError, match=r"is damaged .*: delete it, and it will be painted again"):
+            run_triples(made, **QUICK, **toy._asdict())
 
     @torch.inference_mode()
     def test_a_cancel_keeps_finished_exemplars(self, toy, monkeypatch):

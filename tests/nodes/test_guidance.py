@@ -1,8 +1,11 @@
 """GCFG through SamplerCustomAdvanced and KSampler, against stock guiders and against separate passes by hand."""
 
 from dataclasses import replace
+from functools import partial
 
+import comfy.hooks
 import comfy.model_base
+import comfy.samplers
 import guiding
 import pytest
 import tiny_models
@@ -10,12 +13,14 @@ import torch
 from comfy_api.latest._input import CurveInput
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import RescaleCFG
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comparing import relative
 from concept_atelier.benchmarks import speed_gcfg
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.nodes.guidance import AtelierGCFG
 from concept_atelier.nodes.native.guiders import progress_at
-from guiding import OFF, advanced, branch, counting, gcfg
+from guiding import OFF, advanced, branch, counting, empty_latent, gcfg
+from patched_models import asking_again, lora_file, with_doubled_contexts
 from prompting import STEPS, encode, ksampler, make_concept, route, stock_encode
 
 import nodes as comfy_nodes
@@ -90,6 +95,50 @@ def test_noise_and_velocity_models_meet(sd1, other, velocity, prompts):
     assert (own, others) == ([2] * STEPS, [1, 1] * STEPS)
     assert relative(out, by_hand(unconditional, three)) < TOLERANCE
     assert relative(out, by_hand(unconditional, [three[0], (sd1.model, b, 2.0), (sd1.model, c, 1.0)])) > 1e-2
+
+
+def test_another_base_runs_with_its_own_patches(sd1, other, prompts):
+    u, a, b, _ = prompts
+    patched = with_doubled_contexts(other)
+    alone = advanced(stock(patched, b, b, 1.0))
+    assert relative(advanced(gcfg(sd1.model, u, branch(patched, b, 1.0))[0]), alone) < TOLERANCE
+    plain = advanced(stock(other, b, b, 1.0))
+    assert relative(advanced(gcfg(with_doubled_contexts(sd1.model), u, branch(other, b, 1.0))[0]), plain) < TOLERANCE
+    assert relative(alone, plain) > 1e-2
+    three = gcfg(sd1.model, u, branch(sd1.model, a, 3.0), branch(patched, b, 2.0), branch(other, b, -1.0))[0]
+    out = advanced(three, steps=1)
+    D_0, D_a, D_patched, D_b = (
+        advanced(stock(model, conditioning, conditioning, 1.0), steps=1)
+        for model, conditioning in ((sd1.model, u), (sd1.model, a), (patched, b), (other, b))
+    )
+    assert relative(out, D_0 + 3 * (D_a - D_0) + 2 * (D_patched - D_0) - (D_b - D_0)) < TOLERANCE
+
+
+def test_another_base_reads_its_concepts(sd1, other, prompts):
+    parts = tiny_models.TinyModel(other, sd1.clip, sd1.vae)
+    concept, model = make_concept(parts, "it", Layout("layer"), seed=1), route(other)
+    conditioning = encode(sd1.clip, "a <it>", concept)
+    out = advanced(gcfg(sd1.model, prompts[0], branch(model, conditioning, 1.0))[0])
+    assert relative(out, advanced(stock(model, conditioning, conditioning, 1.0))) < TOLERANCE
+
+
+def test_what_a_sampler_puts_around_predictions_reaches_every_base(sd1, other, prompts):
+    """Reference Guidance so remembers what does not change while it varies the unconditional prompt."""
+    seen = []
+
+    def wrapper(executor, model, *given):
+        seen.append(model)
+        return executor(model, *given)
+
+    def sampler(model, noise, sigmas, extra_args, callback, disable):
+        wrappers = extra_args["model_options"]["transformer_options"]["wrappers"]
+        wrappers.setdefault("calc_cond_batch", {})["sampler"] = [wrapper]
+        return model(noise, sigmas[:1], **extra_args)
+
+    guider = gcfg(sd1.model, prompts[0], branch(sd1.model, prompts[1], 3.0), branch(other, prompts[2], 2.0))[0]
+    zeros = torch.zeros(1, 4, 8, 8)
+    guider.sample(zeros, zeros, comfy.samplers.KSAMPLER(sampler), torch.tensor([3.0, 0.0]), disable_pbar=True)
+    assert seen == [sd1.model.model, other.model]
 
 
 def test_order_does_not_matter(sd1, other, prompts):
@@ -307,6 +356,14 @@ def test_apg_changes_the_picture_and_forgets_between_runs(sd1, prompts):
         assert relative(advanced(make(**options)), plain) > 1e-3
 
 
+def test_apg_leaves_a_negative_prompt_of_any_strength_alone(sd1, prompts):
+    """8.3 and -7.3 sum to a little more than 1: nothing is guided beyond their mean."""
+    u, a, b, _ = prompts
+    both = branch(sd1.model, a, 8.3), branch(sd1.model, b, -7.3)
+    out = advanced(gcfg(sd1.model, u, *both, apg_eta=0.0)[0])
+    assert torch.equal(out, advanced(gcfg(sd1.model, u, *both)[0]))
+
+
 def test_inpainting_keeps_what_is_outside_the_mask(sd1, other, prompts):
     latent = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
     latent["noise_mask"] = torch.zeros(1, 1, 64, 64)
@@ -336,6 +393,31 @@ class TestKSampler:
         assert (own, others) == ([3] * 4, [1, 1])
         assert torch.equal(out, advanced(guider, steps=4))
         assert cost.splitlines()[0] == "0% to 50%: 2 forwards of the U-Net a step"
+
+    def test_every_picture_of_a_batch_keeps_its_mask(self, sd1, prompts):
+        u, a, b, _ = prompts
+        mask = torch.zeros(2, 1, 64, 64)
+        mask[0, ..., :32] = mask[1, ..., 32:] = 1
+        samples = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        latent = {"samples": samples, "noise_mask": mask}
+        added = branch(sd1.model, b, 2.0)
+        out = ksampler(self.patch(sd1.model, added)[0], a, u, latent, cfg=3.0)
+        assert relative(out[0, ..., 5:], samples[0, ..., 5:]) < 1e-4
+        assert relative(out[1, ..., :3], samples[1, ..., :3]) < 1e-4
+        guider = gcfg(sd1.model, u, branch(sd1.model, a, 3.0), added)[0]
+        assert relative(out, advanced(guider, latent=latent)) < TOLERANCE
+
+    def test_hooks_on_the_positive(self, sd1, prompts):
+        u, a, b, _ = prompts
+        hook = comfy.hooks.create_hook_lora(lora_file(sd1.model, 6), 1.0, 0.0)
+        hooked, added = comfy.hooks.set_hooks_for_conditioning(a, hook), branch(sd1.model, b, 2.0)
+        patched, before = self.patch(sd1.model, added)[0], ksampler(sd1.model, a, u)
+        expected = advanced(gcfg(sd1.model, u, branch(sd1.model, hooked, 3.0), added)[0])
+        for _ in range(2):
+            assert relative(ksampler(patched, hooked, u, cfg=3.0), expected) < TOLERANCE
+        assert relative(ksampler(patched, a, u, cfg=3.0), expected) > 1e-2
+        assert relative(ksampler(sd1.model, hooked, u), before) > 1e-2  # hooks still do their work elsewhere
+        assert torch.equal(ksampler(sd1.model, a, u), before)
 
     def test_leaves_the_model_as_it_was(self, sd1, prompts):
         before = ksampler(sd1.model, prompts[1], prompts[0], cfg=4.0)
@@ -406,7 +488,7 @@ class TestRefusals:
             gcfg(rescaled, prompts[0], branch(sd1.model, prompts[1], 2.0))
         changed = sd1.model.clone()
         changed.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
-        with pytest.raises(ValueError, match="put them on both or on neither"):
+        with pytest.raises(ValueError, match="put one such node before both, or none"):
             gcfg(sd1.model, prompts[0], branch(changed, prompts[1], 2.0))
 
 
@@ -427,6 +509,53 @@ def test_functions_after_cfg_get_what_stock_gives_them(sd1, prompts):
         assert all(relative(one[key], other[key]) < TOLERANCE for key in one if key != "cond_scale")
 
 
+class TestAfterCFG:
+    """Nodes that act after CFG are told of one condition, and may ask what it predicts in other circumstances."""
+
+    @pytest.mark.parametrize("weights", [(3.0, 2.0), (3.0, -1.0), (4.0, -3.0), (2.0, -2.0)])
+    def test_the_condition_predicts_what_they_are_told(self, sd1, prompts, weights):
+        model, apart = asking_again(sd1.model)
+        advanced(gcfg(model, prompts[0], *map(partial(branch, model), prompts[1:3], weights))[0])
+        assert len(apart) == STEPS and max(apart) < TOLERANCE
+
+    def test_prompts_of_several_parts_count_once(self, sd1, prompts):
+        u, a, b, c = prompts
+        model, apart = asking_again(sd1.model)
+        strong = comfy_nodes.ConditioningSetAreaStrength().append(b, 3.0)[0]
+        advanced(gcfg(model, u, branch(model, [*a, *strong], 3.0), branch(model, c, 2.0))[0])
+        assert len(apart) == STEPS and max(apart) < TOLERANCE
+
+    def test_branches_that_cannot_be_asked_are_left_out(self, sd1, prompts):
+        """One with an area, one with patches of its own: nothing is left but the unconditional."""
+        u, a, b, c = prompts
+        model, apart = asking_again(sd1.model)
+        left = comfy_nodes.ConditioningSetArea().append(a, 32, 64, 0, 0, 1.0)[0]
+        patched = branch(with_doubled_contexts(model), b, 2.0)
+        for others in ([patched], [branch(model, left, 3.0)], [branch(model, c, 3.0), branch(model, left, 3.0)]):
+            advanced(gcfg(model, u, *others, patched)[0])
+        assert len(apart) == 3 * STEPS and max(apart) < TOLERANCE
+        advanced(gcfg(model, u, branch(with_doubled_contexts(model), b, 1.0))[0])
+        assert len(apart) == 4 * STEPS and max(apart) < TOLERANCE
+
+    @staticmethod
+    def with_pag(base, prompts, weights, scale=3.0):
+        """A picture large enough for several tokens in the middle of the U-Net, where PAG acts."""
+        model = PerturbedAttentionGuidance.execute(base.model, scale)[0]
+        branches = map(partial(branch, model), prompts[1:], weights)
+        return advanced(gcfg(model, prompts[0], *branches)[0], latent=empty_latent(16))
+
+    def test_order_does_not_matter_to_pag(self, sd1, prompts):
+        u, a, b, _ = prompts
+        out = self.with_pag(sd1, [u, a, b], (4.0, -2.0))
+        assert relative(out, self.with_pag(sd1, [u, b, a], (-2.0, 4.0))) < TOLERANCE
+        assert relative(out, self.with_pag(sd1, [u, a, b], (4.0, -2.0), scale=0.0)) > 1e-2
+
+    def test_weights_that_almost_cancel_leave_the_picture_finite(self, sd1, prompts):
+        """0.3 - 0.1 - 0.2 is not 0 in floating point."""
+        exact = self.with_pag(sd1, prompts, (0.375, -0.125, -0.25))
+        assert relative(self.with_pag(sd1, prompts, (0.3, -0.1, -0.2)), exact) < 0.1
+
+
 def test_the_speed_benchmark_measures_all_sides(capsys):
     task = speed_gcfg.Task("toy", 8, 2)
     took = speed_gcfg.measure(task)
@@ -435,6 +564,13 @@ def test_the_speed_benchmark_measures_all_sides(capsys):
     ratio = speed_gcfg.print_table(task, took)
     assert ratio == took[speed_gcfg.OURS].cpu_seconds / took[speed_gcfg.BATCH].cpu_seconds
     assert len(capsys.readouterr().out.splitlines()) == 3 + len(took)
+
+
+def test_the_cost_where_nothing_is_at_work(sd1, prompts):
+    early = comfy_nodes.ConditioningSetTimestepRange().set_range(prompts[0], 0.0, 0.4)[0]
+    cost = gcfg(sd1.model, early, branch(sd1.model, prompts[1], 3.0, end=0.3))[1]
+    expected = "40% to 100%: 0 forwards of the U-Net: nothing is at work here, not even the unconditional"
+    assert cost.splitlines()[-1] == expected
 
 
 def test_the_cost_is_told(sd1, other, prompts):

@@ -13,7 +13,15 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comparing import relative
 from concept_atelier.nodes.guidance import AtelierGCFG
 from guiding import OFF, advanced, branch, counting, gcfg
-from patched_models import KEYS_AND_VALUES, lora_file, with_lora
+from patched_models import (
+    KEYS_AND_VALUES,
+    LORA_LAYERS,
+    asking_again,
+    in_halves,
+    lora_file,
+    with_doubled_contexts,
+    with_lora,
+)
 from prompting import STEPS, ksampler, stock_encode
 
 pytestmark = pytest.mark.usefixtures("inference_mode")
@@ -32,13 +40,14 @@ def clones(sd1):
     return sd1.model, with_lora(sd1.model, 5), with_lora(sd1.model, 6)
 
 
-def by_hand(unconditional, branches):
-    """Each prediction after loading its MODEL."""
+def by_hand(unconditional, branches, tiles=1):
+    """Each prediction after loading its MODEL, of one tile after the other."""
 
     def clean(model, conditioning, x, sigma):
         comfy.model_management.load_models_gpu([model])
         options = model.model_options["transformer_options"]
-        return model.model.apply_model(x, sigma, c_crossattn=conditioning[0][0], transformer_options={**options})
+        given = {"c_crossattn": conditioning[0][0], "transformer_options": {**options}}
+        return torch.cat([model.model.apply_model(tile, sigma, **given) for tile in x.chunk(tiles, dim=-1)], dim=-1)
 
     return guiding.by_hand(clean, unconditional, branches)
 
@@ -101,11 +110,44 @@ def test_loras_of_keys_and_values_share_a_forward(sd1, prompts):
     assert not any(module._forward_hooks for module in sd1.model.model.diffusion_model.modules())
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_loras_of_keys_and_values_on_tiles(sd1, prompts, together):
+    u, a, b = prompts
+    tiled = in_halves(sd1.model, together)
+    one, two = (with_lora(tiled, seed, layers=KEYS_AND_VALUES) for seed in (5, 6))
+    out = advanced(gcfg(tiled, u, branch(one, a, 3.0), branch(two, b, 2.0))[0])
+    assert relative(out, by_hand((tiled, u), [(one, a, 3.0), (two, b, 2.0)], tiles=2)) < 1e-5
+
+
 def test_keys_and_values_of_the_unconditional_model(sd1, prompts):
     u, a, b = prompts
     one = with_lora(sd1.model, 5, layers=KEYS_AND_VALUES)
     out = advanced(gcfg(one, u, branch(sd1.model, a, 3.0), branch(one, b, 2.0))[0])
     assert relative(out, by_hand((one, u), [(sd1.model, a, 3.0), (one, b, 2.0)])) < 1e-5
+
+
+def test_tiles_are_told_what_is_negative(sd1, prompts):
+    """A node that calls the model twice in a step hands in the same options both times."""
+    told = []
+
+    def look(n, context, value, extra):
+        told.append(sorted(extra["cond_or_uncond"]))
+        return n, context, value
+
+    model = in_halves(sd1.model, together=False)
+    model.set_model_attn2_patch(look)
+    u, a, b = prompts
+    advanced(gcfg(model, u, branch(model, a, 3.0), branch(model, b, 2.0))[0], steps=1)
+    assert told and all(roles == [0, 0, 1] for roles in told)
+
+
+@pytest.mark.parametrize("layers", [LORA_LAYERS, KEYS_AND_VALUES])
+def test_nodes_that_predict_again_after_cfg_get_the_lora(sd1, prompts, layers):
+    u, a, b = prompts
+    model, apart = asking_again(sd1.model)
+    lora = with_lora(model, 5, layers=layers)
+    advanced(gcfg(model, u, branch(lora, a, 3.0), branch(model, b, 2.0))[0])
+    assert len(apart) == STEPS and max(apart) < 1e-5
 
 
 def test_the_base_is_as_before(clones, prompts):
@@ -132,14 +174,7 @@ def test_hooks_on_a_conditioning_come_on_top(sd1, clones, prompts):
 def test_clones_with_other_patches_run_with_their_own(clones, prompts):
     base, one, _ = clones
     u, a, b = prompts
-
-    def doubled(n, context, value, extra):
-        return n, context * 2, value
-
-    patched = base.clone()
-    patched.set_model_attn2_patch(doubled)
-    both = one.clone()
-    both.set_model_attn2_patch(doubled)
+    patched, both = with_doubled_contexts(base), with_doubled_contexts(one)
     guider, cost = gcfg(base, u, branch(patched, a, 3.0)).args
     with counting(base) as forwards:
         out = advanced(guider)

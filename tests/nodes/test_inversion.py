@@ -13,12 +13,16 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import RescaleCFG
 from comparing import relative
 from concept_atelier.kernels.inversion import psnr
+from concept_atelier.kernels.layout_guidance import Box, LayoutGuidance
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.nodes.apply import AtelierApplyConcepts
+from concept_atelier.nodes.guidance import AtelierGCFG
 from concept_atelier.nodes.inversion import AtelierDDIMInversion, AtelierNullTextOptimize
 from concept_atelier.nodes.native.inversion import model_fingerprint
+from concept_atelier.nodes.native.layout_guidance import LayoutGuide, place_words
 from concept_atelier.nodes.toy import AtelierToyCheckpoint, AtelierToyPictures
 from concept_atelier.toyworld.vocabulary import ACTIONS
+from guiding import OFF, branch
 from patched_models import with_ones_added
 from prompting import encode, make_concept, stock_encode
 
@@ -79,6 +83,11 @@ def ksampler(model, noise, scheduler, sampler="euler", cfg=1.0, positive=None, n
     )[0]["samples"]  # fmt: skip
 
 
+def in_half(conditioning):
+    """Limited to the upper half of pictures of 128 x 128."""
+    return comfy_nodes.ConditioningSetArea().append(conditioning, 128, 64, 0, 0, 1.0)[0]
+
+
 # The round trip
 
 
@@ -137,8 +146,11 @@ def test_the_reconstruction_is_shown_with_a_vae(toy, one):
 
 
 def test_a_batch_is_inverted_picture_by_picture(toy, inverted):
-    both = invert(toy[0], toy[4], toy[3])[1]
+    """And measured by its own range, beside one that has ten times as much."""
+    first, second = toy[3]["samples"]
+    _, both, _, report = invert(toy[0], toy[4], {"samples": torch.stack([first, 10 * second])})
     torch.testing.assert_close(both.latents[:, :1], inverted[1].latents, rtol=0, atol=2e-3)
+    assert decibels(report)[0] == pytest.approx(decibels(inverted[3])[0], abs=3)
 
 
 def test_noise_is_complete_without_a_mask(toy, one):
@@ -151,7 +163,7 @@ def test_the_whole_conditioning_counts(tiny):
     model, clip, _ = tiny("sd1")
     latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
     prompt = stock_encode(clip, "a cat")
-    half = comfy_nodes.ConditioningSetArea().append(stock_encode(clip, "grass"), 64, 128, 0, 0, 1.0)[0]
+    half = in_half(stock_encode(clip, "grass"))
     alone, both = (invert(model, c, latent, 2, iterations=0)[1].latents[0] for c in (prompt, prompt + half))
     assert relative(both, alone) > 1e-4
 
@@ -195,6 +207,22 @@ def test_the_context_of_a_step_is_its_own(toy, inverted, optimised):
 def test_without_apply_concepts_the_sampler_says_so(toy, inverted, optimised):
     with pytest.raises(ValueError, match="Apply Concepts"):
         ksampler(toy[0], inverted[0], "ddim_uniform", "euler", 7.5, toy[4], optimised[0])
+
+
+def test_areas_of_the_prompt_share_the_unconditional_prompt(tiny):
+    """ComfyUI samples a copy of it in each."""
+    model, clip, _ = tiny("sd1")
+    empty = stock_encode(clip, "")
+    prompt = in_half(stock_encode(clip, "a cat")) + stock_encode(clip, "grass")
+    latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
+    noise, trajectory = invert(model, prompt, latent, 2, iterations=0)[:2]
+    negative, report = optimise(model, trajectory, prompt, empty, 3.0, 3)
+    routed = AtelierApplyConcepts.execute(model)[0]
+    out, plain = (ksampler(routed, noise, "ddim_uniform", "euler", 3.0, prompt, n, 2) for n in (negative, empty))
+    original = latent["samples"]
+    assert (out - original).square().mean() < (plain - original).square().mean()
+    near = psnr(out, original, float(original.max() - original.min()))
+    assert decibels(report) == pytest.approx(near, abs=0.1)
 
 
 def test_nothing_of_the_model_changes(tiny):
@@ -295,6 +323,7 @@ def test_a_trajectory_of_another_model_is_refused(tiny, toy, inverted):
         (torch.zeros(1, 4, 8, 8), "latent is empty"),
         (torch.ones(1, 16, 8, 8), "needs pictures of 4 channels"),
         (torch.ones(1, 4, 2, 8, 8), r"\(1, 4, 2, 8, 8\)"),
+        (torch.tensor([1.0, float("nan")]).repeat(1, 4, 8, 4), "values that are not finite"),
     ],
 )
 def test_latents_that_are_no_picture_are_named(tiny, latent, sentence):
@@ -304,9 +333,12 @@ def test_latents_that_are_no_picture_are_named(tiny, latent, sentence):
 
 
 def test_models_and_prompts_that_cannot_be_inverted_are_named(toy, tiny, one):
-    rescaled = RescaleCFG().patch(toy[0], 0.7)[0]
-    with pytest.raises(ValueError, match="changes guidance"):
-        invert(rescaled, toy[4], one)
+    words = encode(toy[1], "a man prays on grass")
+    laid_out = LayoutGuide(place_words(words, {"man": (Box(0, 0, 0.5, 1),)}), LayoutGuidance(), ()).patch(toy[0])
+    for_ksampler = AtelierGCFG.execute(toy[0], {"branch0": branch(toy[0], toy[4], 3.0)}, **OFF)[0]
+    for other in (RescaleCFG().patch(toy[0], 0.7)[0], laid_out, for_ksampler):
+        with pytest.raises(ValueError, match="changes guidance"):
+            invert(other, toy[4], one)
     with pytest.raises(ValueError, match="conditioning is 64 wide and the MODEL reads contexts 128 wide"):
         invert(toy[0], stock_encode(tiny("sd1").clip, "a cat"), one)
 
@@ -329,3 +361,17 @@ def test_null_text_names_what_it_cannot_do(toy, tiny, one, inverted):
         optimise(model, invert(model, prompt, one, 60, "karras", 0)[1], prompt, empty)
     with pytest.raises(ValueError, match="not finite at step 1"):
         optimise(model, trajectory, prompt, empty, learning_rate=1e30)
+
+
+def test_null_text_refuses_a_controlnet_on_both_prompts(tiny):
+    model, clip, _ = tiny("sd1")
+    prompt, empty = stock_encode(clip, "a cat"), stock_encode(clip, "")
+    latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
+    trajectory = invert(model, prompt, latent, 2, iterations=0)[1]
+    net, hint = tiny_models.build_controlnet(model), torch.rand(1, 128, 128, 3)
+    both = comfy_nodes.ControlNetApply().apply_controlnet(prompt, net, hint, 0.5)[0]
+    positive = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(prompt, empty, net, hint, 0.5, 0.0, 1.0)[0]
+    for conditioning in (both, in_half(positive)):
+        with pytest.raises(ValueError, match="ControlNet of the conditioning acts on the unconditional prompt too"):
+            optimise(model, trajectory, conditioning, empty, inner_steps=1)
+    assert optimise(model, trajectory, positive, empty, inner_steps=1)

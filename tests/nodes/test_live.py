@@ -100,11 +100,30 @@ def test_events_and_previews_are_spared_but_never_the_last(hook):
     assert hook.progress[-1][2] is not None
 
 
+def test_events_of_a_long_history_take_a_twentieth_of_the_time(hook, monkeypatch):
+    now, points = 100.0, live.curve_points
+
+    def slow(losses):
+        nonlocal now
+        now += 0.25
+        return points(losses)
+
+    monkeypatch.setattr(live.time, "monotonic", lambda: now)
+    monkeypatch.setattr(live, "curve_points", slow)
+    monkeypatch.setattr(live, "PREVIEW_SECONDS", math.inf)  # the first alone
+    report = live.LiveReport("7", 1000)
+    for step in range(1, 41):
+        report.step(step, [1.0] * step, {})
+        now += 0.5
+    assert [data["step"] for _, data in hook.sent] == [1, 11, 21, 31]
+
+
 def test_speed_counts_from_where_a_run_was_resumed(hook, monkeypatch):
-    now = iter([100.0, 110.0])
-    monkeypatch.setattr(live.time, "monotonic", lambda: next(now))
+    now = 100.0
+    monkeypatch.setattr(live.time, "monotonic", lambda: now)
     report = live.LiveReport("7", 100)
     report.step(51, [1.0] * 51, {})
+    now = 110.0
     report.step(71, [1.0] * 71, {})
     first, second = (data for _, data in hook.sent)
     assert (first["it_s"], first["eta_s"]) == (None, None)

@@ -378,6 +378,11 @@ def test_a_changed_file_is_loaded_again(models, sam):
     assert AtelierSAMLoader.fingerprint_inputs("sam_tiny.pth", "auto") != before
 
 
+@pytest.mark.parametrize("loader", [AtelierSAMLoader, AtelierGroundingDINOLoader])
+def test_a_file_name_through_a_link_is_not_yet_known(loader):
+    assert loader.fingerprint_inputs(None, "auto") == loader.fingerprint_inputs(None, "auto")
+
+
 def test_a_missing_package_says_how_to_get_it(models, monkeypatch):
     monkeypatch.setattr(segmenters, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"segment-anything is missing: run \"pip install segment-anything==1\.0\""):

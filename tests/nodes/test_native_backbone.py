@@ -7,16 +7,19 @@ import comfy.model_base
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import comfy.supported_models
 import pytest
 import tiny_models
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_easycache import EasyCacheNode
 from comparing import relative
 from concept_atelier.kernels.backbone import Layer, TextContext
 from concept_atelier.kernels.prompts import parse_prompt
 from concept_atelier.kernels.schedule import NoiseSchedule
 from concept_atelier.nodes.native.backbone import cross_attention_layers, model_family, native_session
+from patched_models import lora_file
 
 PLAIN = parse_prompt("a photo of a cat", [])
 LEARNED = parse_prompt("a photo of <cat>, in (snow:1.2)", ["cat"])
@@ -443,6 +446,22 @@ def test_parts_of_different_checkpoints_are_refused(tiny):
     wide.latent_channels = 16
     with pytest.raises(ValueError, match="VAE makes latents of 16 channels"), native_session(*sd1[:2], wide):
         pass
+
+
+def test_bypass_loras_are_refused(tiny):
+    model, clip, vae = tiny("sd1")
+    bypassed = comfy.sd.load_bypass_lora_for_models(model, clip, lora_file(model, 5), 1.0, 0.0)[0]
+    with pytest.raises(ValueError, match="use Load LoRA"), native_session(bypassed, clip, vae):
+        pass
+
+
+def test_a_cache_on_the_model_keeps_no_more_than_one_prediction(tiny):
+    model, clip, vae = tiny("sd1")
+    cached = EasyCacheNode.execute(model, 0.8, 0.1, 0.95, False)[0]
+    with native_session(cached, clip, vae) as backbone:
+        for t in (T, T + 1):
+            backbone.predict_noise(noise(2, 4, 16, 16), t, layer_context(backbone))
+    assert len(cached.model_options["transformer_options"]["easycache"].uuid_cache_diffs) == 1
 
 
 def another_prediction(model, clip):

@@ -6,6 +6,7 @@ import comfy.samplers
 import comfy.utils
 import guiding
 import pytest
+import tiny_models
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 from comparing import relative
@@ -154,6 +155,15 @@ def test_its_weights_are_its_own(parts, prompts, trained, untrained):
     ]
     assert relative(*outs) > 1e-2
     assert torch.equal(alone(parts.model, a), before)
+
+
+def test_the_concept_of_another_checkpoint(parts, prompts):
+    """Alone, as weights that sum to 1 leave it: what a stock guider makes of it."""
+    u, a, _ = prompts
+    kind = "sdxl" if "SDXL" in type(parts.model.model).__name__ else "sd1"
+    concept = surgery(parts, tiny_models.build_unet(kind, seed=7))
+    out = advanced(gcfg(parts.model, u, branch(concept, a, 1.0))[0])
+    assert relative(out, alone(concept, a)) < 1e-5
 
 
 def test_the_concept_from_a_plain_ksampler(parts, prompts, trained):

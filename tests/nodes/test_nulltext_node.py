@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from comfy_api.latest._io import HiddenHolder
 from comparing import digest, relative
 from concept_atelier.kernels.diffusers_attention import transformer_blocks
 from concept_atelier.kernels.diffusers_backbone import DiffusersBackbone
+from concept_atelier.kernels.latent_cache import tensor_pictures
 from concept_atelier.kernels.nulltext import ConceptModel, null_context, save_concept_model
+from concept_atelier.kernels.nulltext_run import NullTextRun
 from concept_atelier.kernels.nulltext_unet import is_text_weight, make_concept_model
 from concept_atelier.kernels.schedule import NoiseSchedule
 from concept_atelier.nodes.native.backbone import NativeBackbone, native_session
@@ -34,7 +38,7 @@ from concept_atelier.nodes.native.nulltext import (
     training_session,
 )
 from concept_atelier.nodes.nulltext import AtelierLoadConceptModel, AtelierNullTextSurgery
-from concept_atelier.nodes.train_nulltext import NO_FOLDER, AtelierTrainNullText
+from concept_atelier.nodes.train_nulltext import NO_FOLDER, AtelierTrainNullText, encode_once
 from patched_models import with_uniform_attention
 from PIL import Image
 from torch import Tensor
@@ -300,6 +304,45 @@ def test_the_trained_model_is_what_the_session_computed_with(tiny):
     assert relative(after, training) < 1e-4 < relative(untouched, training)
 
 
+def test_weights_and_gradients_are_freed_after_training(tiny, monkeypatch):
+    parts = tiny("sd1")
+    operated, cat = surgery(parts).args[0], conditioning(parts, "a cat")
+    stock = sample(parts.model, cat)
+    kept = []
+    unwatched = NullTextRun.learn
+
+    def learn(run, backbone, weights, *args, **options):
+        result = unwatched(run, backbone, weights, *args, **options)
+        kept.extend(weakref.ref(tensor) for weight in weights.values() for tensor in (weight, weight.grad))
+        return result
+
+    monkeypatch.setattr(NullTextRun, "learn", learn)
+    first = train(parts, operated, steps=1).args[0]
+    gc.collect()
+    assert len(kept) == 2 * len(trainable_weights(parts.model)) and not any(ref() is not None for ref in kept)
+    # What comes next on the same checkpoint is right.
+    second = train(parts, operated, steps=1, name="again", start_fresh=True).args[0]
+    assert torch.equal(sample(second, cat), sample(first, cat))
+    assert torch.equal(sample(parts.model, cat), stock)
+
+
+def test_after_an_error_in_training_the_layers_compute_with_their_own_weights(tiny):
+    parts = tiny("sd1")
+    layer = parts.model.model.diffusion_model.time_embed[0]
+    x = torch.randn(1, layer.in_features, generator=torch.Generator().manual_seed(0))
+
+    def fail():
+        with training_session(surgery(parts).args[0], parts.clip, parts.vae) as (_, weights):
+            with torch.no_grad():
+                weights["time_embedding.linear_1.weight"] += 1
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fail()
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
 def test_lora_keeps_working(tiny):
     """Before training it is learned with, after training it is added."""
     parts = tiny("sd1")
@@ -348,6 +391,39 @@ def test_a_finished_run_returns_at_once_under_its_own_file(tiny, monkeypatch, tm
     train(tiny("sd1"), operated, seed=1)  # another run of the same name
     folder = tmp_path / "output" / "concept_atelier_models"
     assert sorted(file.name for file in folder.iterdir()) == ["faces.safetensors", "faces_2.safetensors"]
+
+
+def test_more_accumulation_goes_on_with_the_run_and_its_file(tiny, monkeypatch, tmp_path):
+    operated = surgery(tiny("sd1")).args[0]
+    first = train(tiny("sd1"), operated, steps=2).args[2]["loss"]
+    output = train(tiny("sd1"), operated, accumulation=2)
+    assert output.args[2]["loss"][:2] == first and len(output.args[2]["loss"]) == 3
+    assert [file.name for file in (tmp_path / "output" / "concept_atelier_models").iterdir()] == ["faces.safetensors"]
+
+
+def test_a_damaged_file_of_the_name_is_left_alone(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "output" / "concept_atelier_models"
+    folder.mkdir(parents=True)
+    (folder / "faces.safetensors").write_bytes(b"123")
+    operated = surgery(tiny("sd1")).args[0]
+    for _ in range(2):  # the second time its own file is found
+        assert "faces_2.safetensors" in train(tiny("sd1"), operated, steps=1).ui["text"][0]
+    assert (folder / "faces.safetensors").read_bytes() == b"123"
+    assert len(list(folder.iterdir())) == 2
+    assert null_text_form(load(tiny("sd1").model, "faces_2.safetensors", monkeypatch)).metadata["steps"] == "1"
+
+
+def test_latents_of_one_vae_are_kept_by_the_models_scale(tiny):
+    """SDXL scales latents by another factor than SD1; a VAE may be used with both."""
+    vae, seen = tiny("sd1").vae, tensor_pictures(pictures(1))
+    scales = [tiny(topology).model.model.latent_format.scale_factor for topology in ("sdxl", "sd1")]
+    with torch.inference_mode():
+        of_sdxl, of_sd1, again = (
+            encode_once(tiny(topology).model, vae, seen, NODE_ID)[0] for topology in ("sdxl", "sd1", "sdxl")
+        )
+    assert again.files == of_sdxl.files
+    ratio = of_sd1.read(0, mirrored=False) / of_sdxl.read(0, mirrored=False)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, scales[1] / scales[0]), rtol=1e-2, atol=0)
 
 
 def test_samples_are_painted_and_shown(tiny):
@@ -454,6 +530,19 @@ def test_a_file_of_another_base_is_refused(tiny, monkeypatch, tmp_path, made_of,
     save_concept_model(folder / "a.safetensors", random_concept_model(made_of, made_of))
     with pytest.raises(ValueError, match=f"made of {made_of} .* this {used_with} model"):
         load(tiny(used_with).model, "a.safetensors", monkeypatch)
+
+
+@pytest.mark.parametrize(("made_of", "used_with"), [("sd2", "sd2_v"), ("sd2_v", "sd2")])
+def test_a_file_of_another_prediction_is_refused(tiny, monkeypatch, made_of, used_with):
+    """SD2 at 512 and at 768 pixels: the same shapes, but what comes out of one means nothing in the other."""
+    surgery(tiny(made_of), file_name="a")
+    load(tiny(made_of).model, "a.safetensors", monkeypatch)
+    says = {"sd2": '"epsilon"', "sd2_v": '"v_prediction"'}
+    with pytest.raises(ValueError, match=f"MODEL of {says[made_of]} prediction, and this one is of {says[used_with]}"):
+        load(tiny(used_with).model, "a.safetensors", monkeypatch)
+    train(tiny(made_of), surgery(tiny(made_of)).args[0], steps=1)
+    with pytest.raises(ValueError, match=says[made_of]):
+        load(tiny(used_with).model, "faces.safetensors", monkeypatch)
 
 
 def test_a_loaded_model_is_refused_where_the_base_is_wanted(tiny):

@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import comfy.hooks
 import comfy.model_sampling
 import pytest
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_hooks import SetClipHooks
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
 from comparing import digest
 from concept_atelier.kernels.backbone import TextContext
@@ -12,6 +15,7 @@ from concept_atelier.kernels.concept import Concept
 from concept_atelier.kernels.conditioning import StagedContext
 from concept_atelier.kernels.layouts import Layout
 from concept_atelier.nodes.native.payload import KEY, contexts_at
+from patched_models import lora_file
 from prompting import encode, ksampler, make_concept, route, stock_encode
 
 import nodes as comfy_nodes
@@ -61,6 +65,14 @@ def test_routing_twice_is_routing_once(sd1, prompts):
     once, twice = route(sd1.model), route(route(sd1.model))
     assert torch.equal(sample(once, *prompts), sample(twice, *prompts))
     assert [len(wrappers) for wrappers in twice.wrappers["calc_cond_batch"].values()] == [1]
+
+
+def test_easycache_saves_forwards(sd1, prompts):
+    cached, forwards = EasyCacheNode.execute(route(sd1.model), 0.8, 0.1, 0.95, False)[0], []
+    hook = sd1.model.model.diffusion_model.out.register_forward_pre_hook(lambda _, given: forwards.append(given))
+    sample(cached, *prompts, steps=20)
+    hook.remove()
+    assert len(forwards) < 15
 
 
 def test_other_patches_see_the_contexts_of_their_layer(sd1, prompts):
@@ -161,3 +173,30 @@ def test_weights_reach_placeholders(sd1):
     plain, weighted = (encode(sd1.clip, text, concept)[0][0] for text in ("a <salute>", "a (<salute>:1.5)"))
     changed = (plain != weighted).any(dim=-1)[0]
     assert changed.nonzero().flatten().tolist() == [2]
+
+
+def with_hooks(sd1, scheduled=False):
+    """A CLIP with a LoRA of U-Net and text encoder as hooks."""
+    layer, generator = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1", torch.Generator()
+    text = {f"{layer}.lora_up.weight": torch.randn(128, 2, generator=generator.manual_seed(0))}
+    text |= {f"{layer}.lora_down.weight": torch.randn(2, 64, generator=generator)}
+    hooks = comfy.hooks.create_hook_lora(lora_file(sd1.model, 5) | text, 1.0, 1.0)
+    return SetClipHooks().apply_hooks(sd1.clip, scheduled, True, hooks)[0]
+
+
+def test_hooks_of_the_clip_ride_along(sd1):
+    hooked, concept = with_hooks(sd1), make_concept(sd1, "salute", PER_LAYER)
+    ours, stock = encode(hooked, "a man"), stock_encode(hooked, "a man")
+    assert torch.equal(ours[0][0], stock[0][0])
+    assert not torch.equal(ours[0][0], stock_encode(sd1.clip, "a man")[0][0])
+    assert ours[0][1]["hooks"] is stock[0][1]["hooks"]
+    negative, with_concept = stock_encode(sd1.clip, "blurry"), encode(hooked, "a <salute>", concept)
+    assert torch.equal(sample(route(sd1.model), ours, negative), sample(sd1.model, stock, negative))
+    without = [[with_concept[0][0], {k: v for k, v in with_concept[0][1].items() if k != "hooks"}]]
+    pictures = [sample(route(sd1.model), positive, negative) for positive in (with_concept, without)]
+    assert not torch.equal(*pictures)
+
+
+def test_scheduled_hooks_of_the_clip_refuse(sd1):
+    with pytest.raises(ValueError, match="turn schedule_clip off"):
+        encode(with_hooks(sd1, scheduled=True), "a man")

@@ -2,6 +2,7 @@
 
 import re
 
+import comfy.hooks
 import comfy.model_management
 import comfy.samplers
 import folder_paths
@@ -10,7 +11,9 @@ import tiny_models
 import torch
 from cancelling import cancel_at_prediction
 from comfy_extras import nodes_custom_sampler as custom
+from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_model_advanced import RescaleCFG
+from concept_atelier.kernels.alignment import OBJECTIVES, closed_form, fit_masks, moments, warp_mask
 from concept_atelier.kernels.features import Dino
 from concept_atelier.kernels.guidance import GuidanceWeight
 from concept_atelier.kernels.reference import (
@@ -24,6 +27,7 @@ from concept_atelier.kernels.trajectory import Trajectory
 from concept_atelier.nodes import reference
 from concept_atelier.nodes.apply import AtelierApplyConcepts
 from concept_atelier.nodes.inversion import AtelierDDIMInversion
+from concept_atelier.nodes.layout_guidance import AtelierLayoutGuidance
 from concept_atelier.nodes.native import features
 from concept_atelier.nodes.native.guiders import Branch, GCFGGuider
 from concept_atelier.nodes.native.inversion import abar_of, model_fingerprint
@@ -34,8 +38,9 @@ from concept_atelier.nodes.toy import AtelierToyCheckpoint, to_batch
 from concept_atelier.toyworld.exemplars import subject_scenes
 from concept_atelier.toyworld.render import render_with_mask
 from concept_atelier.toyworld.vocabulary import caption
-from patched_models import make_dynamic, with_ones_added
-from prompting import stock_encode
+from guiding import branch, gcfg
+from patched_models import KEYS_AND_VALUES, LORA_LAYERS, lora_file, make_dynamic, with_lora, with_ones_added
+from prompting import encode, stock_encode
 
 import nodes as comfy_nodes
 
@@ -218,17 +223,18 @@ def test_outside_of_an_inpainting_mask_nothing_changes(toy):
     assert (out - keep)[..., :4, :].abs().max() > 0.1
 
 
-def tiny_outputs(model, clip, prompts=None, inner_steps=(0, 1)):
-    """Pictures guided along random latents, one for each number of inner steps."""
+def tiny_outputs(model, clip, prompts=None, inner_steps=(0, 1), guider=None, inverted=None):
+    """Pictures guided along random latents, one for each number of inner steps. inverted: with another MODEL."""
     prompt, empty = prompts or (stock_encode(clip, "a cat"), stock_encode(clip, ""))
+    guider = guider or custom.CFGGuider.execute(model, prompt, empty, 3.0)[0]
     latent = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
-    _, trajectory, sigmas, _ = AtelierDDIMInversion.execute(model, prompt, latent, 3, "ddim_uniform", 0).args
+    inversion = AtelierDDIMInversion.execute(inverted or model, prompt, latent, 3, "ddim_uniform", 0)
+    _, trajectory, sigmas, _ = inversion.args
     mask = torch.zeros(1, 128, 128)
     mask[:, 32:96, 32:96] = 1
     outputs = []
     for number in inner_steps:
         sampler = AtelierReferenceGuidance.execute(trajectory, mask, 40, 10, number, 0.05, 0.0, True, 0)[0]
-        guider = custom.CFGGuider.execute(model, prompt, empty, 3.0)[0]
         latent, noise = {"samples": torch.zeros(1, 4, 16, 16)}, custom.RandomNoise.execute(1)[0]
         outputs.append(custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent)[0]["samples"])
     return outputs
@@ -285,6 +291,49 @@ def test_a_controlnet_on_the_prompt_counts_and_one_on_both_is_refused(tiny):
 def test_gcfg_with_one_branch_is_cfg(toy, guided):
     guider = GCFGGuider(toy.model, toy.empty, {"one": Branch(toy.model, toy.prompt, GuidanceWeight(CFG))})
     torch.testing.assert_close(toy.sample(guidance(toy), guider), guided, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("layers", [LORA_LAYERS, KEYS_AND_VALUES])
+@pytest.mark.parametrize("patched", [False, True])
+def test_gcfg_of_a_lora_that_not_all_branches_have(tiny, layers, patched):
+    """Of one checkpoint as of two, where no weights are exchanged; with a patch the branches run one by one."""
+    model, clip, _ = tiny("sd1")
+    lora, empty = with_lora(model, 1, layers=layers), stock_encode(clip, "")
+    cat, dog = stock_encode(clip, "a cat"), stock_encode(clip, "a dog")
+
+    def guided(base):
+        bare = base.clone()
+        if patched:
+            bare.set_model_attn2_patch(lambda q, k, v, extra_options: (q, k, v))
+        guider = gcfg(lora, empty, branch(lora, cat, 2.0), branch(bare, dog, 1.0))[0]
+        return tiny_outputs(lora, clip, inner_steps=[0, 2], guider=guider)
+
+    comfy.model_management.unload_all_models()  # a clone of another test may have left its patches in the weights
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    pasted, found = guided(model)
+    comfy.model_management.unload_all_models()
+    assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
+    torch.testing.assert_close(found, guided(tiny_models.build_unet("sd1"))[1], rtol=0, atol=2e-3)
+    assert not torch.allclose(found, pasted, atol=1e-2)
+
+
+def test_a_lora_hook_on_both_prompts_is_that_lora_on_the_model(tiny):
+    model, clip, _ = tiny("sd1")
+    hook = comfy.hooks.create_hook_lora(lora_file(model, 1), 1.0, 0.0)
+    prompts = [
+        [[context, {**values, "hooks": hook}] for context, values in stock_encode(clip, text)] for text in ("a cat", "")
+    ]
+    [found] = tiny_outputs(model, clip, prompts, [2])
+    [expected] = tiny_outputs(with_lora(model, 1), clip, inner_steps=[2])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_gcfg_takes_the_trajectory_of_its_own_model(tiny):
+    model, clip, _ = tiny("sd1")
+    lora, prompt = with_lora(model, 1), stock_encode(clip, "a cat")
+    guider = gcfg(lora, stock_encode(clip, ""), branch(lora, prompt, 2.0), branch(model, prompt, 1.0))[0]
+    with pytest.raises(ValueError, match="found with another MODEL"):
+        tiny_outputs(model, clip, inner_steps=[1], guider=guider)
 
 
 def test_dual_cfg_of_equal_prompts_is_cfg(toy, guided):
@@ -390,12 +439,52 @@ def test_without_a_part_for_the_unconditional_prompt_it_is_refused(toy):
         toy.sample(guidance(toy), GCFGGuider(toy.model, toy.empty, branch))
 
 
+def test_layout_guidance_at_the_guided_steps_is_refused(tiny):
+    model, clip, _ = tiny("sd1")
+    prompts = encode(clip, "a cat and a dog"), stock_encode(clip, "")
+
+    def outputs(steps):
+        settings = {"strength": 30.0, "steps": steps, "iterations": 1, "threshold": 0.0, "power": "1 (paper)"}
+        guided = AtelierLayoutGuidance.execute(
+            model, prompts[0], "cat, dog", 128, 128, bboxes=None, largest_move=0.0, **settings
+        )[0]
+        guider = custom.CFGGuider.execute(guided, *prompts, 3.0)[0]
+        return tiny_outputs(guided, clip, prompts, [1], guider, inverted=model)
+
+    assert outputs(1)[0].isfinite().all()
+    with pytest.raises(ValueError, match=r"still moves the latents at step 2, where .* set its steps to 1 or fewer"):
+        outputs(2)
+
+
+def test_apg_with_momentum_is_refused_and_without_it_is_followed(tiny):
+    model, clip, _ = tiny("sd1")
+    prompt, empty = stock_encode(clip, "a cat"), stock_encode(clip, "")
+
+    def core(momentum):
+        return custom.CFGGuider.execute(APG.execute(model, 0.5, 5.0, momentum)[0], prompt, empty, 3.0)[0]
+
+    def ours(momentum):
+        options = {"apg_eta": 0.5, "apg_norm_threshold": 5.0, "apg_momentum": momentum}
+        return gcfg(model, empty, branch(model, prompt, 3.0), **options)[0]
+
+    for guider in (core, ours):
+        assert tiny_outputs(model, clip, inner_steps=[1], guider=guider(0.0))[0].isfinite().all()
+        with pytest.raises(ValueError, match=r"APG with momentum counts each: set apg_momentum"):
+            tiny_outputs(model, clip, inner_steps=[1], guider=guider(-0.5))
+
+
 def test_an_unconditional_that_is_no_plain_prompt_is_refused(toy):
     routed = AtelierApplyConcepts.execute(toy.model)[0]
     area = comfy_nodes.ConditioningSetArea().append(toy.empty, 32, 32, 0, 0, 1.0)[0]
     for negative, what in ((toy.empty + toy.prompt, "2 prompts"), (area, "area"), (staged(toy), "concepts")):
         with pytest.raises(ValueError, match=rf"more than one plain prompt \(.*{what}"):
             toy.sample(guidance(toy), toy.guider(routed, empty=negative))
+    # ComfyUI gives the negative prompt a copy for the area, with its hooks.
+    area = [
+        [toy.prompt[0][0], {**area[0][1], "hooks": comfy.hooks.create_hook_lora(lora_file(toy.model, 1), 1.0, 0.0)}]
+    ]
+    with pytest.raises(ValueError, match=r"more than one plain prompt \(the hooks of an area"):
+        toy.sample(guidance(toy), toy.guider(prompt=toy.prompt + area))
 
 
 def test_inputs_of_the_guidance_that_make_no_sense_are_named(toy):
@@ -449,6 +538,27 @@ def test_a_picture_on_its_own_mask_stays(world):
     torch.testing.assert_close(moved, masks[:1], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("fit", OBJECTIVES)
+def test_the_fit_is_refined_inside_of_comfyui_too(fit):
+    """The executor runs nodes in inference mode, in which nothing has a gradient."""
+    reference, target = blob(0.0), blob(0.6)
+    assert torch.is_inference_mode_enabled() and reference.is_inference()
+    (_, moved), _ = align(torch.rand(1, 64, 64, 3), reference[None], target[None], fit, 20.0)
+    with torch.inference_mode(False):
+        reference, target = reference.clone(), target.clone()
+        transform = fit_masks(reference, target, fit, 20.0)
+        torch.testing.assert_close(moved[0].clone(), warp_mask(reference, transform, target.shape))
+        start = closed_form(moments(reference), moments(target), torch.zeros((), dtype=torch.float64))
+        assert (moved[0] - warp_mask(reference, start, target.shape)).abs().max() > 0.3
+
+
+def blob(turn):
+    """A lobed shape (64, 64), turned by radians."""
+    y, x = torch.meshgrid(torch.arange(64.0) - 31.5, torch.arange(64.0) - 31.5, indexing="ij")
+    angle = torch.atan2(y, x) - turn
+    return (torch.hypot(x, y) < 18 + 4 * torch.cos(2 * angle) + 3 * torch.cos(3 * angle + 1)).float()
+
+
 def test_it_takes_the_size_of_the_target_and_masks_of_other_sizes(world, told):
     images, masks, _ = world
     small = torch.nn.functional.interpolate(masks[:1, None], size=(32, 32), mode="area")[:, 0]
@@ -499,7 +609,11 @@ def dino(tmp_path, monkeypatch):
 
 
 def pick(pictures, by="DINO", dino="tiny.pth", index=0, **more):
-    output = AtelierPickReference.execute(pictures, by, dino, index, **more)
+    """As the executor calls the node: each input is a list."""
+    inputs = {"pictures": pictures, "by": by, "dino": dino, "index": index, **more}
+    output = AtelierPickReference.execute(
+        **{name: given if isinstance(given, list) else [given] for name, given in inputs.items()}
+    )
     return *output.args[:3], output.ui.value
 
 
@@ -513,6 +627,33 @@ def test_the_picture_nearest_by_dino_is_chosen_with_its_mask(dino, world):
         expected = [float(dino(generated) @ dino(one[None]).T) for one in pictures]
     shown = [float(value) for value in re.findall(r"-?\d\.\d{3}", text)]
     assert shown == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_list_of_pictures_of_any_sizes_is_chosen_from_as_a_whole(dino):
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(n, *size, 3, generator=generator) for n, *size in ((1, 40, 60), (2, 48, 32))]
+    masks = [torch.rand(*batch.shape[:3], generator=generator) for batch in batches]
+    generated = [batches[1][1:] * 0.98, batches[1][1:] * 0.96]
+    picture, mask, index, text = pick(batches, generated=generated, masks=masks)
+    assert index == 2 and torch.equal(picture, batches[1][1:]) and torch.equal(mask, masks[1][1:])
+    assert len(re.findall(r"-?\d\.\d{3}", text)) == 3
+    colors = [torch.eye(3)[i].expand(1, 8 + i, 8, 3) for i in range(3)]
+    assert pick(colors, "CLIP Vision", generated=colors[1:2], clip_vision=FakeClipVision())[2] == 1
+    assert AtelierPickReference.define_schema().is_input_list
+
+
+def test_a_replaced_dino_file_counts_as_a_change(dino, tmp_path):
+    def fingerprint(by):
+        # As the executor asks: what is linked is not known yet.
+        return AtelierPickReference.fingerprint_inputs(
+            pictures=(None,), by=[by], dino=["tiny.pth"], index=[0], caption_model=["none"]
+        )
+
+    before = fingerprint("DINO"), fingerprint("index")
+    assert before == (fingerprint("DINO"), fingerprint("index"))
+    with open(tmp_path / "dino" / "tiny.pth", "ab") as file:
+        file.write(b"more")
+    assert fingerprint("DINO") != before[0] and fingerprint("index") == before[1]
 
 
 class FakeClipVision:
@@ -545,9 +686,11 @@ def test_what_is_missing_to_choose_is_named(dino):
         pick(pictures, "CLIP Vision", generated=pictures[:1])
     with pytest.raises(ValueError, match="2 pictures but 1 masks"):
         pick(pictures, "index", masks=torch.ones(1, 8, 8))
-    missing = AtelierPickReference.validate_inputs("DINO", "dino_deitsmall16_pretrain.pth")
+    with pytest.raises(ValueError, match='no picture on "pictures"'):
+        pick([])
+    missing = AtelierPickReference.validate_inputs(["DINO"], ["dino_deitsmall16_pretrain.pth"])
     assert (
         "no file dino_deitsmall16_pretrain.pth in models/dino" in missing and "github.com/facebookresearch" in missing
     )
-    assert AtelierPickReference.validate_inputs("index", "dino_deitsmall16_pretrain.pth") is True
-    assert AtelierPickReference.validate_inputs("DINO", "tiny.pth") is True
+    assert AtelierPickReference.validate_inputs(["index"], ["dino_deitsmall16_pretrain.pth"]) is True
+    assert AtelierPickReference.validate_inputs(["DINO"], ["tiny.pth"]) is True

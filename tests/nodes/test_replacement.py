@@ -26,12 +26,13 @@ from concept_atelier.nodes.replacement import AtelierReplaceSubject
 from concept_atelier.nodes.toy import AtelierToyCheckpoint
 from concept_atelier.toyworld.render import render
 from concept_atelier.toyworld.vocabulary import caption
-from patched_models import with_ones_added
+from patched_models import in_halves, with_ones_added
 from prompting import encode, make_concept, stock_encode
 
 import nodes as comfy_nodes
 
 STEPS, CFG = 8, 3.0
+LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
 
 pytestmark = pytest.mark.usefixtures("inference_mode", "cancellable")
 
@@ -127,9 +128,8 @@ def final_attention(model, conds, options):
     for name, module in model.model.diffusion_model.named_modules():
         if name.endswith("attn2.to_out"):
             hooks.append(module.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]})))
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     model.pre_run()
-    comfy.samplers.calc_cond_batch(model.model, conds, x, torch.tensor([2.0]), {"transformer_options": options})
+    comfy.samplers.calc_cond_batch(model.model, conds, LATENTS, torch.tensor([2.0]), {"transformer_options": options})
     model.cleanup()
     for hook in hooks:
         hook.remove()
@@ -147,8 +147,8 @@ def test_the_fixed_columns_of_every_layer_are_the_source_prompts(small, longer):
     comfy.model_management.load_models_gpu([model])
     columns = match_columns(small.source[0][1][WORDS], small.target[0][1][WORDS])
     maps, own, values = {}, {}, []
-    final_attention(model, [cond(source)], seen_in({}, maps, torch.device("cpu")))
-    final_attention(model, [cond(target)], seen_in({}, own, torch.device("cpu")))
+    final_attention(model, [cond(source)], seen_in({}, maps, torch.device("cpu"), LATENTS))
+    final_attention(model, [cond(target)], seen_in({}, own, torch.device("cpu"), LATENTS))
 
     def note_values(function, q, k, v, heads, *args, **kwargs):
         if k.shape[1] != q.shape[1]:
@@ -264,6 +264,12 @@ def test_an_attention_that_another_node_replaced_is_named(small):
         replace(model, *inputs(small)[1:])
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_tiles_are_refused(small, together):
+    with pytest.raises(ValueError, match="cuts the picture into tiles"):
+        replace(in_halves(small.model, together), *inputs(small)[1:])
+
+
 def test_prompts_that_run_one_after_another_give_the_same(small, monkeypatch):
     model, calls = calls_of_unet(small.model)
     together = replace(model, *inputs(small)[1:])[0]
@@ -349,7 +355,7 @@ def test_maps_that_do_not_fit_are_refused_before_any_work(small, monkeypatch):
 def test_maps_go_where_they_are_to_be_kept(small):
     maps = {}
     comfy.model_management.load_models_gpu([small.model])
-    final_attention(small.model, [cond(small.source[0][0])], seen_in({}, maps, torch.device("meta")))
+    final_attention(small.model, [cond(small.source[0][0])], seen_in({}, maps, torch.device("meta"), LATENTS))
     assert {a.device.type for a in maps.values()} == {"meta"} and len(maps) == 16
 
 
@@ -400,12 +406,14 @@ def test_a_trajectory_of_another_model_or_of_several_pictures_is_refused(small, 
         replace(small.model, trajectory, *inputs(small)[2:])
 
 
-def test_a_null_text_of_other_steps_or_without_guidance_is_refused(small):
-    trajectory = invert(small.model, small.source, small.latent, 3)[1]
-    with pytest.raises(ValueError, match="optimised along a trajectory of 2 steps, and this one has 3 steps"):
-        replace(small.model, trajectory, *inputs(small)[2:])
-    with pytest.raises(ValueError, match="At cfg 1 the unconditional prompt"):
-        replace(*inputs(small), cfg=1.0)
+def test_a_null_text_of_another_trajectory_or_cfg_is_refused(small):
+    other_picture = {"samples": small.latent["samples"].flip(-1)}
+    for latent, steps in ((small.latent, 3), (other_picture, 2)):
+        trajectory = invert(small.model, small.source, latent, steps)[1]
+        with pytest.raises(ValueError, match="negative conditioning was optimised along another trajectory"):
+            replace(small.model, trajectory, *inputs(small)[2:])
+    with pytest.raises(ValueError, match=r"optimised for cfg 3, and cfg is 7\.5 here"):
+        replace(*inputs(small), cfg=7.5)
     plain = replace(small.model, small.trajectory, small.source, small.target, small.empty, cfg=1.0)[0]
     assert plain.isfinite().all()
 
@@ -417,11 +425,14 @@ def test_prompts_that_cannot_be_matched_are_named(small, tiny, toy):
     stock = stock_encode(small.clip, "a dog on grass")
     with pytest.raises(ValueError, match="target conditioning does not tell which token is which word"):
         replace(model, trajectory, source, stock, negative)
-    with pytest.raises(ValueError, match="source conditioning is more than one prompt"):
+    with pytest.raises(ValueError, match="source conditioning is not one prompt"):
         replace(model, trajectory, source + source, target, negative)
     area = comfy_nodes.ConditioningSetArea().append(target, 64, 64, 0, 0, 1.0)[0]
-    with pytest.raises(ValueError, match="target conditioning is more than one prompt"):
+    with pytest.raises(ValueError, match="target conditioning is not one prompt"):
         replace(model, trajectory, source, area, negative)
+    early = comfy_nodes.ConditioningSetTimestepRange().set_range(source, 0.0, 0.5)[0]
+    with pytest.raises(ValueError, match="source conditioning is not one prompt for the whole picture and all steps"):
+        replace(model, trajectory, early, target, negative)
     with pytest.raises(ValueError, match="takes 77 tokens and the target prompt 154"):
         replace(model, trajectory, source, encode(small.clip, "a dog on grass " * 30), negative)
     with pytest.raises(ValueError, match="target is 128 wide and the MODEL reads contexts 64 wide"):

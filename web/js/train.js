@@ -58,11 +58,12 @@ class Panel {
   async stop() {
     this.button.disabled = true;
     this.button.textContent = "Stopping after this step ...";
-    await api.fetchApi("/concept-atelier/stop", {
+    const request = {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ node: this.executionId }),
-    });
+    };
+    await api.fetchApi("/concept-atelier/stop", request).catch(() => this.rest()); // not heard: it can be pressed again
   }
 
   show({ node, step, total, loss, ema, curve, it_s, eta_s, stats }) {
@@ -82,7 +83,7 @@ class Panel {
     this.draw(curve);
   }
 
-  // The prompt ended: whatever the button was about is over.
+  // The node or the prompt ended: whatever the button was about is over.
   rest() {
     this.executionId = null;
     this.button.disabled = true;
@@ -132,6 +133,7 @@ app.registerExtension({
       live.add(panel);
       panel.show(detail);
     });
+    api.addEventListener("executed", ({ detail }) => panels.get(nodeOf(detail.node))?.rest());
     for (const end of ["execution_success", "execution_interrupted", "execution_error"]) {
       api.addEventListener(end, () => {
         live.forEach((panel) => panel.rest());
