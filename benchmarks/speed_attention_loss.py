@@ -23,7 +23,7 @@ from ..kernels.run_state import RunState
 from ..kernels.schedule import NoiseSchedule
 from ..kernels.training import TrainingSettings, train
 from ..toyworld.autoencoder import PATCH
-from .speed import NAME, Task, build_parts, make_exemplars
+from .speed_adi import NAME, Task, build_parts, make_exemplars
 
 START_WORD, CLASS_WORD = "sits", "poses"  # unlike, so that there is something to pull
 TERMS = {"denoising loss alone": (), "with attention loss": (SubjectAttentionLoss(),)}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from concept_atelier.benchmarks import speed, speed_attention_loss
+from concept_atelier.benchmarks import speed_adi, speed_attention_loss
 from concept_atelier.kernels.training import TrainingSettings
 from pytest import CaptureFixture
 
 
 def test_one_side_has_the_loss_and_both_are_listed(capsys: CaptureFixture[str]) -> None:
-    task = speed.Task("toy", 8, 2, "cpu", TrainingSettings())
+    task = speed_adi.Task("toy", 8, 2, "cpu", TrainingSettings())
     sides = speed_attention_loss.measure(task)
     without, with_loss = sides.values()
     assert without.stats == {}

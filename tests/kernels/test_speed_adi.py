@@ -6,7 +6,7 @@ import re
 
 import tiny_diffusers
 import torch
-from concept_atelier.benchmarks import speed
+from concept_atelier.benchmarks import speed_adi
 from concept_atelier.kernels.training import TrainingSettings
 from concept_atelier.toyworld.autoencoder import LATENT_CHANNELS
 from concept_atelier.toyworld.model import ToyModel, load_toy
@@ -24,8 +24,8 @@ def toy_parts() -> ToyModel:
 
 
 def test_the_plain_implementation_makes_the_same_updates() -> None:
-    data = speed.make_exemplars(LATENT_CHANNELS, 8, "cpu")
-    steps, vectors = zip(*(side(toy_parts(), data, SETTINGS) for side in speed.SIDES.values()), strict=True)
+    data = speed_adi.make_exemplars(LATENT_CHANNELS, 8, "cpu")
+    steps, vectors = zip(*(side(toy_parts(), data, SETTINGS) for side in speed_adi.SIDES.values()), strict=True)
     start = vectors[0]().clone()
     assert torch.equal(start, vectors[1]())
     for number in range(3):
@@ -41,20 +41,20 @@ def test_the_plain_implementation_makes_the_same_updates() -> None:
 def test_plain_leaves_other_words_alone() -> None:
     parts = toy_parts()
     before = parts.text_encoder.get_input_embeddings().weight.detach().clone()
-    step, _ = speed.plain_side(parts, speed.make_exemplars(LATENT_CHANNELS, 8, "cpu"), SETTINGS)
+    step, _ = speed_adi.plain_side(parts, speed_adi.make_exemplars(LATENT_CHANNELS, 8, "cpu"), SETTINGS)
     step(0)
     assert torch.equal(parts.text_encoder.get_input_embeddings().weight.detach()[: len(before)], before)
 
 
 def test_the_benchmark_measures_both_sides_in_their_own_processes(capsys: CaptureFixture[str]) -> None:
-    task = speed.Task("toy", 8, 2, "cpu", SETTINGS)
-    reports = speed.measure(task)
-    ratio = speed.print_reports(task, reports)
+    task = speed_adi.Task("toy", 8, 2, "cpu", SETTINGS)
+    reports = speed_adi.measure(task)
+    ratio = speed_adi.print_reports(task, reports)
     assert list(reports) == ["plain", "ours"]
     for report in reports.values():
         assert len(report.seconds) == 2
         assert min(report.seconds) > 0
         assert 2**20 < report.peak < 2**33
-    assert speed.disagreement(reports, SETTINGS.learning_rate) < 0.02
+    assert speed_adi.disagreement(reports, SETTINGS.learning_rate) < 0.02
     table = capsys.readouterr().out
     assert re.search(rf"ours / plain +{ratio:.2f}", table)
