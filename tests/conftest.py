@@ -4,6 +4,7 @@ ComfyUI is looked for in $COMFYUI_PATH, in the folders that enclose this checkou
 the tests under nodes, server and browser are skipped with that reason; the others run.
 """
 
+import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -56,6 +57,16 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 def pytest_report_header() -> str:
     return f"ComfyUI: {COMFYUI or NOT_FOUND}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """ComfyUI collects garbage with every model that it loads, and that takes the longer the more objects are alive.
+
+    What is alive before a module's first test is passed over from then on: the tests of nodes take half the time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
