@@ -40,8 +40,8 @@ class Side(NamedTuple):
 def build_sides(model: Any, steps: int) -> dict[str, Any]:
     """The MODEL of each side."""
     from ..kernels.layout_guidance import TWO_OBJECTS, LayoutGuidance, Placement, guidance_layers
-    from ..nodes.native.backbone import cross_attention_layers
     from ..nodes.native.layout_guidance import LayoutGuide
+    from ..nodes.native.model_kind import cross_attention_layers
 
     objects = [Placement((token,), (box,)) for token, box in zip((2, 5), TWO_OBJECTS)]
     settings = LayoutGuidance(threshold=0.0, steps=steps // GUIDED_SHARE)

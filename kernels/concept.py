@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backbone import Layer
-from .files import read_safetensors, write_safetensors
+from .files import NEWER, check_version, read_safetensors, write_safetensors
 from .layouts import GRANULARITIES, PLACES, BoundLayout, Layout
 
 FORMAT_VERSION = 1
@@ -128,10 +128,7 @@ def load_concept(path: Path) -> Concept:
 
 def _read_layout(path: Path, header: Mapping[str, str]) -> tuple[Layout, tuple[Layer, ...]]:
     """The layout in a concept's header, and the layers that it is bound to. Raises ValueError like `load_concept`."""
-    version = header["format_version"]
-    newer = f"The file {path} was written by a newer Concept Atelier: update the pack to load it."
-    if version.isdecimal() and int(version) > FORMAT_VERSION:
-        raise ValueError(newer)
+    check_version(path, header["format_version"], FORMAT_VERSION)
     try:
         values = dict(json.loads(header["layout"]))
         layers = tuple(Layer(*layer) for layer in json.loads(header["layers"]))
@@ -140,16 +137,13 @@ def _read_layout(path: Path, header: Mapping[str, str]) -> tuple[Layout, tuple[L
     defaults = {entry.name: entry.default for entry in fields(Layout)}
     full = defaults | values
     if full.keys() != defaults.keys() or full["granularity"] not in GRANULARITIES or full["place"] not in PLACES:
-        raise ValueError(newer)
+        raise ValueError(NEWER.format(path=path))
     if (
-        not version.isdecimal()
-        or any(type(full[name]) is not type(default) for name, default in defaults.items())
+        any(type(full[name]) is not type(default) for name, default in defaults.items())
         or any([type(part) for part in layer] != [str, int, int] for layer in layers)
         or not layers
     ):
-        raise ValueError(
-            f"The header of the file {path} is damaged (impossible version, layout or layers): save it again."
-        )
+        raise ValueError(f"The header of the file {path} is damaged (impossible layout or layers): save it again.")
     return Layout(**full), layers
 
 

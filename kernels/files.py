@@ -11,6 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+NEWER = "The file {path} was written by a newer Concept Atelier: update the pack to load it."
+
+
+def check_version(path: Path, version: str, known: int) -> None:
+    """Raise ValueError naming the file when its format version is no number, or above the one we know."""
+    if not version.isdecimal():
+        raise ValueError(f'The header of the file {path} is damaged (its version is "{version}"): save it again.')
+    if int(version) > known:
+        raise ValueError(NEWER.format(path=path))
+
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write through a temporary file: neither a full disk nor a power cut leaves half a file under the real name.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files import read_safetensors, write_safetensors
+from .files import check_version, read_safetensors, write_safetensors
 from .layout_guidance import Box
 
 FORMAT_VERSION = 1
@@ -151,9 +151,7 @@ def load_predictor(path: Path) -> LayoutPredictor:
     weights = {key.removeprefix("mlp."): v.float() for key, v in tensors.items() if key.startswith("mlp.")}
     if not ({"format_version", "nouns", "towers"} <= header.keys() and "embeddings" in tensors and weights):
         raise ValueError(f"The file {path} holds no layout predictor: choose one that Layout Predictor has saved.")
-    version = header["format_version"]
-    if version.isdecimal() and int(version) > FORMAT_VERSION:
-        raise ValueError(f"The file {path} was written by a newer Concept Atelier: update the pack to load it.")
+    check_version(path, header["format_version"], FORMAT_VERSION)
     try:
         nouns, towers = tuple(json.loads(header["nouns"])), dict(json.loads(header["towers"]))
         d = sum(towers.values())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backbone import Backbone, Layer, TextContext
 from .diffusers_attention import ldm_name
-from .files import read_safetensors, write_safetensors
+from .files import check_version, read_safetensors, write_safetensors
 from .prompts import Prompt
 from .training import step_generator
 
@@ -191,8 +191,7 @@ def load_concept_model(path: Path) -> ConceptModel:
             f"The file {path} holds no concept model of Concept Atelier: save one with 'Null-Text Surgery' or 'Train "
             "Null-Text Model'; a learned word is loaded with 'Load Concept'."
         )
-    if int(header.pop("format_version")) > FORMAT_VERSION:
-        raise ValueError(f"The file {path} was written by a newer Concept Atelier: update the pack to load it.")
+    check_version(path, header.pop("format_version", ""), FORMAT_VERSION)
     features, deltas = (
         {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
         for prefix in ("feature.", "delta.")

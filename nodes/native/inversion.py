@@ -31,11 +31,11 @@ from ...kernels.inversion import (
 )
 from ...kernels.run_state import tensors_fingerprint
 from ...kernels.trajectory import Trajectory
-from .backbone import context_width, cross_attention_layers, model_family
 from .gradients import attention_with_backward, differentiable_model, leave_inference, saved_for_backward
 from .guiders import POST_CFG, REPLACE_CFG
 from .layout_guidance import KEY as LAYOUT
 from .model_groups import KEY as GCFG
+from .model_kind import context_width, cross_attention_layers, model_family
 from .payload import WORDS, Conditioning, concept_conditioning
 
 # What a plain prompt may carry beside its context: SDXL's pooled vector and sizes.

@@ -26,10 +26,10 @@ from ...kernels.attention_recording import Recording
 from ...kernels.backbone import HALF_PRECISION_SCALE, Layer
 from ...kernels.layout_guidance import Box, LayoutGuidance, Placement, guidance_layers, layout_loss, move_latents
 from .attention_maps import find_words, fold
-from .backbone import cross_attention_layers, model_family
 from .gradients import attention_with_backward, differentiable_model, leave_inference, saved_for_backward
 from .kv_deltas import carried
 from .model_groups import ModelGroup
+from .model_kind import cross_attention_layers, model_family
 from .patches import ATTENTION, by_head, check_watched, check_whole, layer_of_call, sampling_step, watch_cross_attention
 from .payload import WORDS, Conditioning
 
@@ -171,14 +171,14 @@ class LayoutGuide:
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict, seed: int | None = None
     ) -> Tensor:
         """The PREDICT_NOISE wrapper. x, which is moved: (B, C, h, w) in ComfyUI's units at sigma `timestep` (B,)."""
-        unmoved = x.clone()
+        unmoved = x.clone() if self.copy_handed_over else None
         if sampling_step(model_options["transformer_options"], timestep) < self.settings.steps:
             guider, sigma = executor.class_obj, float(timestep[0])
             active = [prompt for prompt in self.prompts(guider) if _in_range(prompt.cond, sigma)]
             if active:
                 x.copy_(self.move(guider.inner_model, active, x, sigma, model_options))
         predicted = executor(x, timestep, model_options, seed)
-        if self.copy_handed_over:
+        if unmoved is not None:
             x.copy_(unmoved)
         return predicted
 

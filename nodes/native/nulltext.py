@@ -32,7 +32,8 @@ from ...kernels.nulltext import (
     uniform_features,
 )
 from ...kernels.nulltext_unet import is_text_weight
-from .backbone import NativeBackbone, cross_attention_layers, model_family, native_session
+from .backbone import NativeBackbone, native_session
+from .model_kind import cross_attention_layers, model_family
 from .patches import layer_of_call
 
 KEY = "concept_atelier.null_text"  # of the attachment that says what was done to a MODEL

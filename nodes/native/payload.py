@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...kernels.backbone import Layer, TextContext
 from ...kernels.conditioning import StagedContext
-from .backbone import context_width, cross_attention_layers
+from .model_kind import context_width, cross_attention_layers
 from .patches import layer_of_call, with_patch
 
 KEY = "concept_atelier"

@@ -25,12 +25,12 @@ from torch import Tensor
 from ...kernels.backbone import HALF_PRECISION_SCALE
 from ...kernels.reference import NO_GRADIENT, GuidedNoise, ReferenceSettings, ending, follow_reference
 from ...kernels.trajectory import Trajectory
-from .backbone import model_family
 from .gradients import attention_with_backward, differentiable_model, saved_for_backward
 from .guiders import UNCONDITIONAL, GCFGGuider
 from .inversion import PLAIN, abar_of, model_fingerprint, predictions
 from .layout_guidance import KEY as LAYOUT
 from .model_groups import with_wrappers
+from .model_kind import model_family
 from .payload import KEY as CONCEPTS
 
 KEY = "concept_atelier_reference"

@@ -25,7 +25,6 @@ from ...kernels.inversion import reconstruct
 from ...kernels.replacement import MAPS_DTYPE, Columns, match_columns
 from ...kernels.trajectory import Trajectory
 from .attention_maps import fold
-from .backbone import cross_attention_layers
 from .fixed_attention import Maps, seen_in, with_fixed_columns
 from .inversion import (
     NULL_TEXT,
@@ -35,6 +34,7 @@ from .inversion import (
     predictions,
     trajectory_fingerprint,
 )
+from .model_kind import attention_modules, cross_attention_layers
 from .patches import check_watched
 from .payload import WORDS, Conditioning, route_concepts
 
@@ -138,7 +138,7 @@ def maps_bytes(model: ModelPatcher, size: tuple[int, int], tokens: int) -> int:
     down = list(accumulate(_has(block, Downsample) for block in unet.input_blocks))
     up = list(accumulate((_has(block, Upsample) for block in unet.output_blocks), initial=0))
     numbers = 0
-    for layer, module in zip(cross_attention_layers(model), _cross_attention(unet)):
+    for layer, module in attention_modules(model).items():
         level = {"input": down, "middle": down[-1:], "output": [down[-1] - u for u in up]}[layer.block][layer.number]
         height, width = map_shape(level, *size)
         numbers += module.heads * height * width * tokens
@@ -147,10 +147,6 @@ def maps_bytes(model: ModelPatcher, size: tuple[int, int], tokens: int) -> int:
 
 def _has(block: nn.Module, kind: type[nn.Module]) -> bool:
     return any(isinstance(part, kind) for part in block)
-
-
-def _cross_attention(unet: nn.Module) -> list[nn.Module]:
-    return [module for name, module in unet.named_modules() if name.endswith(".attn2")]
 
 
 def check_memory(needed: int, remedy: str) -> None:

@@ -6,7 +6,7 @@ import comfy.lora
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels.concept import Concept
-from .backbone import cross_attention_layers, model_family
+from .model_kind import cross_attention_layers, model_family
 
 
 def apply_weights(model: ModelPatcher, concept: Concept, strength: float) -> ModelPatcher:

@@ -3,7 +3,7 @@
 import torch
 from concept_atelier.kernels.concept import Concept
 from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
-from concept_atelier.nodes.native.backbone import cross_attention_layers
+from concept_atelier.nodes.native.model_kind import cross_attention_layers
 from concept_atelier.nodes.native.text import describe_clip
 
 import nodes as comfy_nodes

@@ -11,7 +11,7 @@ from concept_atelier.nodes.apply import AtelierApplyConcepts, AtelierTextEncode
 from concept_atelier.nodes.attention import LAYER_GROUPS, AtelierAttentionMaps
 from concept_atelier.nodes.guidance import AtelierGCFG
 from concept_atelier.nodes.native.attention_maps import AttentionRecorder, Place, find_words
-from concept_atelier.nodes.native.backbone import cross_attention_layers
+from concept_atelier.nodes.native.model_kind import cross_attention_layers
 from concept_atelier.nodes.native.payload import WORDS
 from concept_atelier.nodes.native.text import describe_clip
 from guiding import OFF, branch

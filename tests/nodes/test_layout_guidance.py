@@ -20,9 +20,10 @@ from concept_atelier.nodes.guidance import AtelierGCFG
 from concept_atelier.nodes.layout_guidance import AtelierLayoutGuidance, AtelierLayoutPredictor
 from concept_atelier.nodes.native import layout_predictor
 from concept_atelier.nodes.native.attention_maps import AttentionRecorder
-from concept_atelier.nodes.native.backbone import cross_attention_layers, native_session
+from concept_atelier.nodes.native.backbone import native_session
 from concept_atelier.nodes.native.gradients import differentiable_model
 from concept_atelier.nodes.native.layout_guidance import GuidedPrompt, LayoutGuide, phrase_tokens
+from concept_atelier.nodes.native.model_kind import cross_attention_layers
 from concept_atelier.nodes.native.payload import WORDS
 from concept_atelier.nodes.native.text import describe_clip
 from concept_atelier.nodes.toy import AtelierToyCheckpoint

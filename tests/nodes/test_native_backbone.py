@@ -18,7 +18,8 @@ from comparing import relative
 from concept_atelier.kernels.backbone import Layer, TextContext
 from concept_atelier.kernels.prompts import parse_prompt
 from concept_atelier.kernels.schedule import NoiseSchedule
-from concept_atelier.nodes.native.backbone import cross_attention_layers, model_family, native_session
+from concept_atelier.nodes.native.backbone import native_session
+from concept_atelier.nodes.native.model_kind import cross_attention_layers, model_family
 from patched_models import lora_file
 
 PLAIN = parse_prompt("a photo of a cat", [])

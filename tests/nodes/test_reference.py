@@ -372,7 +372,7 @@ def staged(toy):
     """The prompt as a concept with two stages would make it: other rows in the later half of the sampling."""
     from concept_atelier.kernels.backbone import TextContext
     from concept_atelier.kernels.conditioning import StagedContext
-    from concept_atelier.nodes.native.backbone import cross_attention_layers
+    from concept_atelier.nodes.native.model_kind import cross_attention_layers
 
     layers, rows = cross_attention_layers(toy.model), toy.prompt[0][0]
     other = stock_encode(toy.clip, "a cat sits on sand")[0][0]

@@ -19,8 +19,8 @@ from concept_atelier.kernels.replacement import match_columns
 from concept_atelier.nodes.apply import AtelierApplyConcepts
 from concept_atelier.nodes.inversion import AtelierDDIMInversion, AtelierNullTextOptimize
 from concept_atelier.nodes.native import replacement
-from concept_atelier.nodes.native.backbone import cross_attention_layers
 from concept_atelier.nodes.native.fixed_attention import seen_in, with_fixed_columns
+from concept_atelier.nodes.native.model_kind import cross_attention_layers
 from concept_atelier.nodes.native.payload import WORDS, concept_conditioning
 from concept_atelier.nodes.replacement import AtelierReplaceSubject
 from concept_atelier.nodes.toy import AtelierToyCheckpoint

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from concept_atelier.nodes.native import toy as native
-from concept_atelier.nodes.native.backbone import model_family
+from concept_atelier.nodes.native.model_kind import model_family
 from concept_atelier.nodes.native.text import describe_clip
 from concept_atelier.nodes.toy import ACTION_NAMES, AtelierToyCheckpoint, AtelierToyPictures
 from concept_atelier.toyworld import model as toyworld
